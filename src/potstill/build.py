@@ -1,0 +1,175 @@
+"""From a recipe to the parts of a run. The one place where back-ends meet methods.
+
+`check` does all that can be done without weights: tokenizers, data, and whether the parts fit. `Parts` then loads.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from potstill import models
+from potstill.config import Config, Teacher
+from potstill.decode import Decoding
+from potstill.errors import ConfigError, ModelError
+from potstill.learners.local import LocalLearner
+from potstill.methods.base import Method
+from potstill.models import Tokens
+from potstill.samplers.base import Sampler
+from potstill.samplers.data import DataSampler
+from potstill.samplers.hf import HFSampler, Translated, prompt_within
+from potstill.tasks.base import Task
+from potstill.teachers.base import Teacher as TeacherProtocol
+from potstill.teachers.hf import HFTeacher
+from potstill.types import Prompt, Wants
+from potstill.verifiers.base import Verifier
+
+NEEDS = {
+    Wants.TEXT: "text",
+    Wants.SAMPLED: "the log-probability of each token",
+    Wants.TOPK: "the likeliest tokens at each position",
+    Wants.FULL: "its whole distribution at each position",
+}
+
+
+def device(name: str) -> str:
+    """`auto` is a GPU if there is one. On a CPU, one thread: for small models two are slower. Raises ConfigError."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device = {name!r}, but torch {torch.__version__} sees no GPU. Use device = 'auto' or 'cpu'")
+    if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return chosen
+
+
+def check(config: Config) -> tuple[Tokens, list[Prompt]]:
+    """Everything that can go wrong before a weight is loaded. Returns the student's tokens and the questions."""
+    method, task = _method(config), _task(config)
+    _check_teacher(config, method)
+    if config.learner.warmup >= config.steps:
+        raise ConfigError(
+            f"learner.warmup = {config.learner.warmup} is not shorter than steps = {config.steps}, so the learning rate "
+            "would never arrive. Lower warmup or raise steps"
+        )
+    if config.learner.schedule == "constant" and config.learner.lr >= 1:
+        raise ConfigError(f"learner.lr = {config.learner.lr} moves every weight by more than 1 a step. Try 1e-3 or less")
+    student = models.load_tokens(config.student.path, config.student.eos)
+    if config.teacher is not None:
+        teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
+        if method.wants > Wants.TEXT:
+            models.check_shared(student, teacher)
+    questions = task.questions(config.eval.split, config.eval.questions)
+    for prompt in [*questions, *task.draw(config.seed, 1, config.rollouts.prompts)]:
+        prompt_within(student, prompt, config.rollouts.max_tokens)
+    return student, questions
+
+
+def _check_teacher(config: Config, method: Method) -> None:
+    name, teacher = method.name, config.teacher
+    if teacher is None:
+        if method.wants > Wants.NOTHING or method.author == "teacher":
+            what = "its answers" if method.author == "teacher" else NEEDS[method.wants]
+            raise ConfigError(f"{name} learns from a teacher ({what}), but the recipe names none. Add [teacher] with path = ...")
+        return
+    if method.wants is Wants.NOTHING and method.author != "teacher":
+        raise ConfigError(f"{name} as set here asks no teacher, so [teacher] would have no effect. Remove the table")
+    if teacher.text_only and method.wants > Wants.TEXT:
+        raise ConfigError(
+            f"{name} needs {NEEDS[method.wants]} of the teacher, but teacher.text_only leaves only text. "
+            "Use method omniopd, or remove text_only"
+        )
+    if method.wants > Wants.TEXT and (teacher.temperature != 1 or teacher.top_p != 1):
+        raise ConfigError(
+            f"{name} reads the teacher's scores, which are always at temperature 1, so teacher.temperature and top_p would "
+            "have no effect. Remove them (opd: method.teacher_temperature flattens the scores)"
+        )
+    if method.wants is Wants.TEXT and teacher.temperature == 0 and getattr(method, "continuations", 2) > 1:
+        raise ConfigError(
+            f"teacher.temperature = 0 makes all {getattr(method, 'continuations', 'n')} continuations of a chunk the same "
+            "text, so k_sem is one similarity counted many times, at many times the price. "
+            "Set teacher.temperature = 1, or method.continuations = 1"
+        )
+
+
+def _method(config: Config) -> Method:
+    if not isinstance(config.method, Method):
+        raise ConfigError(f"method {type(config.method).__name__} is no potstill.methods.base.Method. Derive it from Method")
+    return config.method
+
+
+def _task(config: Config) -> Task:
+    assert isinstance(config.task, Task)
+    return config.task
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that a step needs, with models in memory."""
+
+    method: Method
+    task: Task
+    verifier: Verifier
+    questions: list[Prompt]
+    learner: LocalLearner
+    sampler: Sampler
+    """Writes what the method learns from: the student, the teacher or the data set."""
+    teacher: TeacherProtocol | None
+
+
+def build(config: Config) -> Parts:
+    """Check the recipe, then load its models."""
+    tokens, questions = check(config)
+    method = _method(config)
+    s = config.student
+    student = models.load(s.path, dtype=s.dtype, device=device(s.device), eos=s.eos)
+    learner = LocalLearner(
+        student, config.learner, steps=config.steps, seed=config.seed, reference="reference" in method.needs, lora=s.lora
+    )
+    teacher = _load_teacher(config.teacher, tokens) if config.teacher else None
+    if teacher and teacher.offers < method.wants:
+        raise ModelError(f"{method.name} needs {NEEDS[method.wants]}, but teacher {teacher.name!r} offers only text")
+    return Parts(
+        method=method,
+        task=_task(config),
+        verifier=_task(config).verifier(),
+        questions=questions,
+        learner=learner,
+        sampler=_sampler(config, method, learner, teacher),
+        teacher=teacher,
+    )
+
+
+def _load_teacher(config: Teacher, student: Tokens) -> HFTeacher:
+    loaded = models.load(config.path, dtype=config.dtype, device=device(config.device), eos=config.eos)
+    how = Decoding(temperature=config.temperature, top_p=config.top_p, cells=config.batch_cells)
+    return HFTeacher(loaded, student, decoding=how, text_only=config.text_only)
+
+
+def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: HFTeacher | None) -> Sampler:
+    room, cells = config.rollouts.max_tokens, config.rollouts.batch_cells
+    if method.author == "data":
+        return DataSampler(learner.tokens, max_tokens=room)
+    if method.author == "teacher":
+        assert teacher is not None
+        # A foreign teacher may need more tokens for the same text; what is too long for the student is cut later.
+        limit = room * 2 if teacher.foreign else room
+        return Translated(HFSampler(teacher.loaded, max_tokens=limit, decoding=teacher.how), learner.tokens)
+    return HFSampler(learner.loaded, max_tokens=room, decoding=Decoding(cells=cells))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process. Never a key, never an environment variable."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pydantic")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": {name: version(name) for name in packages},
+    }

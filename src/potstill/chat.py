@@ -1,0 +1,69 @@
+"""Prompts to token ids and token ids to text, through the tokenizer alone: its chat template, its decoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from potstill.errors import DataError
+from potstill.types import Prompt
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LONGEST = 8
+"""Tokens that one character may be split over before we give up waiting for its end."""
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """The prompt as a model is to see it, up to where its answer begins.
+
+    With a chat template: the template, with its generation prompt. Without one: the text of a single message as it is.
+    Raises DataError for a conversation that a tokenizer without template cannot lay out.
+    """
+    if tokenizer.chat_template is not None:
+        ids = tokenizer.apply_chat_template(
+            list(prompt.messages), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return tuple(ids)
+    if len(prompt.messages) != 1:
+        raise DataError(
+            f"prompt {prompt.id!r} has {len(prompt.messages)} messages, but the tokenizer {tokenizer.name_or_path!r} has no "
+            "chat template to lay them out. Use an instruct model, or give the prompt as one string"
+        )
+    return tuple(tokenizer.encode(prompt.messages[0]["content"]))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """[T] the text that each token adds. Joined, they are the text of all; no piece holds part of a character.
+
+    Special tokens add nothing. A character split over several tokens belongs to the last of them.
+    """
+    special = set(tokenizer.all_special_ids)
+    known: dict[int, str] = {}
+    out: list[str] = []
+    done = 0  # tokens whose text is settled
+    for t, token in enumerate(ids):
+        if token in special:
+            out.append("")
+            continue
+        before = _decode(tokenizer, ids[max(done - LONGEST, 0) : done], known, done)
+        after = tokenizer.decode(list(ids[max(done - LONGEST, 0) : t + 1]), **PLAIN)
+        if after.endswith(REPLACEMENT) and t - done < LONGEST and t + 1 < len(ids):
+            out.append("")  # the rest of the character is still to come
+            continue
+        out.append(after[len(before) :])
+        done = t + 1
+    return tuple(out)
+
+
+PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def _decode(tokenizer: Any, ids: Sequence[int], known: dict[int, str], done: int) -> str:
+    if done not in known:
+        known.clear()
+        known[done] = tokenizer.decode(list(ids), **PLAIN)
+    return known[done]
+
+
+def cut(tokenizer: Any, text: str, length: int) -> str:
+    """The first `length` tokens' worth of a text, in this tokenizer's tokens; never part of a character."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return text if len(ids) <= length else "".join(pieces(tokenizer, ids[: length + 1])[:length])

@@ -1,0 +1,224 @@
+"""A recipe: TOML of at most 30 lines, dotted overrides behind it, checked before any model is loaded.
+
+Every default here is a setting that was tested. There are no presets.
+"""
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+
+from potstill import registry
+from potstill.errors import ConfigError, did_you_mean
+
+DType = Literal["float32", "bfloat16"]
+
+
+class Part(BaseModel, frozen=True, extra="forbid"):
+    """A table of the recipe."""
+
+
+class LoRA(Part):
+    """Train a low-rank adapter instead of all weights."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    modules: tuple[str, ...] = ()
+    """Names of the layers to adapt; empty: every linear layer but the output."""
+
+
+class Student(Part):
+    """The model that learns."""
+
+    path: str
+    """Hugging Face folder, hub name, adapter folder, .gguf file, or lab/NAME for a bundled model."""
+    dtype: DType = "float32"
+    device: str = "auto"
+    """`auto`: a GPU if there is one, else the CPU."""
+    eos: tuple[str, ...] | None = None
+    """Tokens that end a response; unset: what the model's own files say."""
+    lora: LoRA | None = None
+
+
+class Teacher(Part):
+    """The model that corrects."""
+
+    kind: Literal["hf"] = "hf"
+    path: str
+    dtype: DType = "float32"
+    device: str = "auto"
+    eos: tuple[str, ...] | None = None
+    temperature: float = Field(1.0, ge=0)
+    """Of the text it writes. Scores are always at 1."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    text_only: bool = False
+    """Treat it as a teacher that returns nothing but text, even if it shares the student's tokenizer."""
+    batch_cells: int = Field(65_536, gt=0)
+    """Rows times tokens held in its cache at once: the bound on memory."""
+
+
+class Rollouts(Part):
+    """What the student writes in a step. Always at temperature 1 with the whole vocabulary: the policy is the model."""
+
+    prompts: int = Field(32, gt=0)
+    """Prompts in a step."""
+    group: int = Field(1, gt=0)
+    """Answers to each prompt."""
+    max_tokens: int = Field(48, gt=0)
+    """Longest answer, in student tokens, in training and in evaluation."""
+    batch_cells: int = Field(65_536, gt=0)
+
+
+class Learner(Part):
+    """AdamW."""
+
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0: no clipping."""
+    micro_batch: int = Field(0, ge=0)
+    """Rollouts in one forward and backward pass; 0: all. Changes memory, never the gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the student's arithmetic; bfloat16 keeps its weights as they are loaded (autocast)."""
+
+
+class Evaluation(Part):
+    """Held-out questions, asked before the first step, every so often, and after the last."""
+
+    split: Literal["validation", "test"] = "validation"
+    questions: int = Field(256, gt=0)
+    samples: int = Field(4, gt=0)
+    """k of avg@k, pass@k and maj@k, at temperature 1."""
+    greedy: bool = True
+    """Ask once more at temperature 0."""
+    every: int = Field(100, gt=0)
+    """Steps between evaluations."""
+
+
+class Save(Part):
+    """What is kept of a run."""
+
+    every: int = Field(100, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints that stay."""
+    rollouts_every: int = Field(50, gt=0)
+    """Steps between rollouts written to rollouts/."""
+    rollouts: int = Field(8, gt=0)
+    """Rollouts written each time."""
+
+
+class Config(Part):
+    """A run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run, under runs/."""
+    seed: int = Field(0, ge=0)
+    steps: int = Field(gt=0)
+    """Optimiser steps."""
+    student: Student
+    teacher: Teacher | None = None
+    task: SerializeAsAny[BaseModel]
+    method: SerializeAsAny[BaseModel]
+    rollouts: Rollouts = Rollouts()
+    learner: Learner = Learner()
+    eval: Evaluation = Evaluation()
+    save: Save = Save()
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
+
+
+def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
+    """A recipe and its text. `recipe` is a file, or the name of one that comes with the package. Raises ConfigError."""
+    path = Path(recipe)
+    if not path.is_file():
+        known = recipes()
+        if str(recipe) not in known:
+            raise ConfigError(
+                f"there is no recipe {str(recipe)!r}: no such file, and none of that name comes with potstill"
+                f"{did_you_mean(str(recipe), known)} Known: {', '.join(known)}"
+            )
+        path = known[str(recipe)]
+    text = path.read_text(encoding="utf-8")
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}. See `potstill check` on one of: {', '.join(recipes())}") from None
+    for override in overrides:
+        _apply(raw, override)
+    shown = "".join(f"# {o}\n" for o in overrides)
+    return parse(raw), (f"{text}\n# overridden on the command line:\n{shown}" if overrides else text)
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """A recipe from plain tables. Raises ConfigError that names every field at fault."""
+    raw = dict(raw)
+    problems: list[str] = []
+    for table, key, find in (("method", "name", registry.method_class), ("task", "kind", registry.task_class)):
+        given = raw.get(table)
+        if not isinstance(given, dict) or key not in given:
+            problems.append(f"[{table}] needs {key} = ...")
+            continue
+        cls = find(given[key])
+        values = {k: v for k, v in given.items() if not (k == key and ".py:" in str(v))}
+        try:
+            raw[table] = cls.model_validate(values)
+        except ValidationError as error:
+            problems += _explain(error, cls, table)
+            raw[table] = cls.model_construct()
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [p for p in _explain(error, Config, "") if not any(p.startswith(f"{t}:") for t in ("task", "method"))]
+        config = None
+    if problems or config is None:
+        raise ConfigError("the recipe cannot be used:\n" + "\n".join(f"  - {p}" for p in dict.fromkeys(problems)))
+    return config
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """`learner.lr=1e-4`: the value is TOML, or a string where it is not."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{override!r} is no override. Write key=value, such as learner.lr=1e-4 or method.beta=0.5")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *tables, last = key.split(".")
+    for table in tables:
+        raw = raw.setdefault(table, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{override!r}: {table} is a value, not a table, so nothing can be set inside it")
+    raw[last] = parsed
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], prefix: str) -> Iterable[str]:
+    for e in error.errors():
+        where = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
+        if e["type"] == "extra_forbidden":
+            fields = _fields_at(cls, e["loc"][:-1])
+            yield f"{where}: no such field{did_you_mean(str(e['loc'][-1]), fields)} Fields: {', '.join(fields)}"
+        elif e["type"] == "missing":
+            yield f"{where}: missing, and it has no default"
+        else:
+            yield f"{where} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
+
+
+def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        annotation = cls.model_fields[str(part)].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        cls = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(cls.model_fields)

@@ -1,0 +1,69 @@
+"""Divergences between two next-token distributions, the student's S and the teacher's T.
+
+Functions of logits (log-probabilities are logits too) that reduce the vocabulary axis and nothing else.
+Shapes: [..., V] and [..., V] -> [...], in nats. `beta` follows GKD (arXiv:2306.13649): 0 is forward KL, 1 is reverse KL.
+A token of probability zero (logit -inf) on either side contributes no nan, in value or gradient.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Logits = Float[Tensor, "*batch V"]
+Nats = Float[Tensor, "*batch"]
+
+
+def _kl(p: Logits, q: Logits) -> Nats:
+    """sum_v P_v (log P_v - log Q_v), with 0 log 0 = 0, of normalised log-probabilities."""
+    gap = torch.where(p == -math.inf, 0.0, p - q)
+    return (p.exp() * gap).sum(-1)
+
+
+def forward_kl(student_logits: Logits, teacher_logits: Logits) -> Nats:
+    """KL(T || S) = sum_v T_v (log T_v - log S_v). Covers all of the teacher's mass."""
+    return _kl(teacher_logits.log_softmax(-1), student_logits.log_softmax(-1))
+
+
+def reverse_kl(student_logits: Logits, teacher_logits: Logits) -> Nats:
+    """KL(S || T) = sum_v S_v (log S_v - log T_v). Seeks the teacher's modes."""
+    return _kl(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1))
+
+
+def jsd(student_logits: Logits, teacher_logits: Logits, beta: float = 0.5) -> Nats:
+    """Generalised Jensen-Shannon divergence, GKD Eq. 1.
+
+        m = beta T + (1 - beta) S
+        JSD = beta KL(T || m) + (1 - beta) KL(S || m)
+
+    `beta` weighs the teacher in the mixture. JSD / beta tends to forward KL as beta -> 0 and JSD / (1 - beta) to
+    reverse KL as beta -> 1; by the field's convention `beta` = 0 and 1 *are* these two, without the vanishing factor.
+    KDFlow weighs the student instead. Raises ValueError outside [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}: it is the weight of the teacher in the mixture")
+    if beta == 0:
+        return forward_kl(student_logits, teacher_logits)
+    if beta == 1:
+        return reverse_kl(student_logits, teacher_logits)
+    s, t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
+    return beta * _kl(t, m) + (1 - beta) * _kl(s, m)
+
+
+def entropy(logits: Logits) -> Nats:
+    """H = -sum_v P_v log P_v over the whole vocabulary (OmniOPD Eq. 6)."""
+    p = logits.log_softmax(-1)
+    return -(p.exp() * p.clamp_min(torch.finfo(p.dtype).min)).sum(-1)
+
+
+def with_rest(logp: Logits) -> Logits:
+    """Append a bucket for everything outside the K given tokens: log(1 - sum_k P_k). [..., K] -> [..., K + 1].
+
+    Without it a truncated divergence is no divergence: it can fall below zero, and the student can gain by moving
+    its mass out of sight.
+    """
+    seen = logp.exp().sum(-1, keepdim=True)
+    rest = torch.log1p(-seen.clamp(max=1 - 4 * torch.finfo(logp.dtype).eps))
+    return torch.cat([logp, rest], -1)

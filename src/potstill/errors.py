@@ -1,0 +1,49 @@
+"""What can go wrong, and whose turn it is.
+
+    PotstillError                 exit code 2: the message says what, why, and what to do instead
+    ├── ConfigError(ValueError)   a recipe or an argument
+    ├── DataError(ValueError)     a data set or a verifier's input
+    ├── ModelError                a student or teacher that cannot be loaded, or a pair that cannot work together
+    ├── TeacherError              a teacher's answer that cannot be used
+    ├── TrainingError             a step that cannot go on (a loss that is not a number, a full disk)
+    └── CheckpointError           a run or checkpoint that cannot be read
+
+Anything else that reaches the command line is our fault: exit code 1, with a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The middle of a message about an unknown name: "; did you mean 'edit'?", or "." where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+class PotstillError(Exception):
+    """Base of every error that a user can put right."""
+
+
+class ConfigError(PotstillError, ValueError):
+    """A recipe, a field or a combination of fields that cannot work."""
+
+
+class DataError(PotstillError, ValueError):
+    """A data set that is empty, unreadable or lacks a column."""
+
+
+class ModelError(PotstillError):
+    """A model that cannot be loaded, or a student and a teacher that do not fit together."""
+
+
+class TeacherError(PotstillError):
+    """An answer of the teacher that cannot be used."""
+
+
+class TrainingError(PotstillError):
+    """A run that cannot go on."""
+
+
+class CheckpointError(PotstillError):
+    """A run directory or checkpoint that is missing, incomplete or damaged."""

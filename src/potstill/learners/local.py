@@ -1,0 +1,205 @@
+"""A learner in this process: AdamW on one device, with gradients that do not depend on how a batch is split."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from potstill.batch import collate, count_tokens
+from potstill.config import Learner as LearnerConfig
+from potstill.config import LoRA
+from potstill.errors import CheckpointError, TrainingError
+from potstill.methods.base import Method
+from potstill.models import Loaded
+from potstill.seeds import derive
+from potstill.types import Batch, Target
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class LocalPolicy:
+    """One model's view of a batch. The forward pass runs once, when it is first asked for."""
+
+    def __init__(self, model: Any, vocab: int, batch: Batch, reference: Callable[[], "LocalPolicy"] | None = None):
+        self._model, self._vocab, self._batch, self._reference = model, vocab, batch, reference
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "B T V"]:
+        """Row t is the distribution that produces labels[:, t]; prompts are padded on the left, responses on the right."""
+        device = self._model.device
+        width = max(len(p) for p in self._batch.prompt_ids)
+        pads = [width - len(p) for p in self._batch.prompt_ids]
+        prompts = torch.tensor([[0] * n + list(p) for n, p in zip(pads, self._batch.prompt_ids, strict=True)], device=device)
+        ids = torch.cat([prompts, self._batch.labels], 1)
+        column = torch.arange(ids.shape[1], device=device)
+        start = torch.tensor(pads, device=device)[:, None]
+        read = torch.cat([column[:width] >= start, self._batch.mask.bool()], 1)
+        out = self._model(
+            input_ids=ids[:, :-1],
+            attention_mask=read[:, :-1],
+            position_ids=(column[:-1] - start).clamp(min=0),
+            logits_to_keep=self._batch.labels.shape[1],
+            use_cache=False,
+        )
+        return out.logits[..., : self._vocab].float()
+
+    @cached_property
+    def _all(self) -> Float[Tensor, "B T V"]:
+        return self.logits.log_softmax(-1)
+
+    def logp(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """log pi(ids_t | h_t)."""
+        return self._all.gather(-1, ids[..., None])[..., 0]
+
+    def logp_at(self, ids: Int[Tensor, "B T K"]) -> Float[Tensor, "B T K"]:
+        """log pi(ids_tk | h_t)."""
+        return self._all.gather(-1, ids)
+
+    def logp_all(self) -> Float[Tensor, "B T V"]:
+        """log pi(. | h_t)."""
+        return self._all
+
+    @property
+    def reference(self) -> "LocalPolicy":
+        """The initial weights' view of the same batch, without gradient."""
+        assert self._reference is not None, "the method did not declare that it needs the reference"
+        return self._reference()
+
+
+class LocalLearner:
+    """Trains `loaded.model` in place. With LoRA only the adapter moves, and the reference is the model without it."""
+
+    def __init__(self, loaded: Loaded, config: LearnerConfig, *, steps: int, seed: int, reference: bool, lora: LoRA | None):
+        self.tokens, self.config, self.steps, self.seed = loaded.tokens, config, steps, seed
+        self.model, self.lora = loaded.model, lora
+        if lora:
+            self.model = _adapted(loaded.model, lora, derive(seed, "lora"))
+            self._initial, self._base = self.model, self.model.disable_adapter
+        else:
+            self._initial = copy.deepcopy(loaded.model) if reference else None
+            self._base: Context = contextlib.nullcontext
+            self.model.requires_grad_(True)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model as it is now, for samplers in the same process."""
+        return Loaded(self.model, self.tokens)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 1: linear warm-up, then the schedule."""
+        c = self.config
+        if step <= c.warmup:
+            return c.lr * step / c.warmup
+        done = (step - c.warmup) / max(self.steps - c.warmup, 1)
+        if c.schedule == "cosine":
+            return c.lr * (0.5 + 0.5 * torch.cos(torch.tensor(done * torch.pi)).item())
+        return c.lr * (1 - done) if c.schedule == "linear" else c.lr
+
+    def step(self, targets: Sequence[Target], method: Method, step: int) -> dict[str, float]:
+        """One optimiser step on all targets. Raises TrainingError when loss or gradient is not a number.
+
+        The divisor is summed over all targets before the first backward pass, so the gradient is the same however the
+        batch is split into micro-batches.
+        """
+        torch.manual_seed(derive(self.seed, step, "dropout"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        n_tokens, metrics = count_tokens(targets), {"loss": 0.0}
+        for micro in self._micro(targets):
+            batch = collate(micro, n_tokens)
+            with self._autocast():
+                loss, seen = method.loss(self.policy(batch), batch)
+            loss.backward()
+            metrics["loss"] += loss.item()
+            for name, value in seen.items():
+                join = max if name.endswith("_max") else float.__add__
+                metrics[name] = join(metrics.get(name, 0.0), value.item())
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.config.clip or float("inf"))
+        metrics |= {"grad_norm": norm.item(), "lr": self.rate(step), "trained_tokens": n_tokens}
+        for name in ("loss", "grad_norm"):
+            if not torch.isfinite(torch.tensor(metrics[name])):
+                raise TrainingError(
+                    f"step {step}: {name} is {metrics[name]}, so the step was not taken and the weights are those of step "
+                    f"{step - 1}. The usual cause is a learning rate that is too high (here {self.rate(step):.2g}); lower "
+                    "learner.lr and go on from the last checkpoint with --resume, or start anew"
+                )
+        self.optimizer.step()
+        return metrics
+
+    def policy(self, batch: Batch) -> LocalPolicy:
+        """The student's view of a batch, with the reference behind it."""
+
+        def reference() -> LocalPolicy:
+            with torch.no_grad(), self._base():
+                view = LocalPolicy(self._initial, self.tokens.vocab, batch)
+                view.logp_all()  # now, while the adapter is off
+            return view
+
+        return LocalPolicy(self.model, self.tokens.vocab, batch, reference)
+
+    def save(self, folder: Path) -> None:
+        """The model in Hugging Face format with its tokenizer, and all that a resumed run needs (trainer.pt)."""
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        if self.lora:
+            self.model.save_pretrained(folder / "adapter")
+            state["adapter"] = {k: v for k, v in self.model.state_dict().items() if "lora_" in k}
+            merged = copy.deepcopy(self.model).merge_and_unload()
+        else:
+            merged = self.model
+        merged.save_pretrained(folder)
+        self.tokens.tokenizer.save_pretrained(folder)
+        torch.save(state, folder / "trainer.pt")
+
+    def restore(self, folder: Path) -> None:
+        """Weights and optimiser as `save` left them, bit for bit. Raises CheckpointError."""
+        from safetensors.torch import load_file
+
+        try:
+            state = torch.load(folder / "trainer.pt", weights_only=True)
+            if self.lora:
+                self.model.load_state_dict(state["adapter"], strict=False)
+            else:
+                weights: dict[str, Tensor] = {}
+                for part in sorted(folder.glob("*.safetensors")):
+                    weights |= load_file(part)
+                missing = set(dict(self.model.named_parameters())) - set(weights)
+                if missing or not weights:
+                    raise KeyError(f"no weights for {sorted(missing)[:1]}")
+                self.model.load_state_dict(weights, strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:120]}), so the run "
+                f"cannot go on from it. Write the name of an older checkpoint into {folder.parent / 'latest'}, or start anew"
+            ) from None
+
+    def _micro(self, targets: Sequence[Target]) -> Iterator[Sequence[Target]]:
+        size = self.config.micro_batch or len(targets)
+        for i in range(0, len(targets), size):
+            yield targets[i : i + size]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+
+
+def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # peft draws A from torch's own generator
+    targets = list(lora.modules) if lora.modules else "all-linear"
+    return get_peft_model(
+        model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    )

@@ -1,0 +1,85 @@
+"""What a method is: a frozen bundle of hyper-parameters that can answer three questions.
+
+    asks(rollout)              what to ask the teacher about it
+    targets(group of Reviewed) what each token is worth, now that the teacher has answered; no gradient
+    loss(policy, batch)        the objective; pure and differentiable
+
+Everything a method does not say (sampling, padding, the divisor, resume, logging) belongs to others.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from pydantic import BaseModel
+from torch import Tensor
+
+from potstill.types import Ask, Author, Batch, Prompt, Reviewed, Rollout, Target, Wants
+
+Need = Literal["entropy", "verdict", "reference"]
+Metrics = dict[str, Float[Tensor, ""]]
+"""Scalars without gradient. Those named *_max are combined over micro-batches by the maximum; all others are sums
+over the micro-batch divided by `batch.n_tokens`, so that adding them up gives the figure of the whole batch."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The student's forward pass on a batch, computed only as far as it is asked. All in nats."""
+
+    def logp(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """log pi(ids_t | h_t)."""
+        ...
+
+    def logp_at(self, ids: Int[Tensor, "B T K"]) -> Float[Tensor, "B T K"]:
+        """log pi(ids_tk | h_t) of K tokens at each position."""
+        ...
+
+    def logp_all(self) -> Float[Tensor, "B T V"]:
+        """log pi(. | h_t) over the whole vocabulary."""
+        ...
+
+    @property
+    def reference(self) -> "Policy":
+        """The same view of the student's frozen initial weights, without gradient."""
+        ...
+
+
+class Method(BaseModel, ABC, frozen=True, extra="forbid"):
+    """A distillation method: its equation in the docstring of its file, its fields here, its three answers below."""
+
+    name: str
+
+    @property
+    def wants(self) -> Wants:
+        """How much of the teacher the method needs to see."""
+        return Wants.NOTHING
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs of the rest of the run."""
+        return frozenset()
+
+    @property
+    def author(self) -> Author:
+        """Who writes the rollouts it learns from; on-policy methods: the student."""
+        return "student"
+
+    def asks(self, rollout: Rollout) -> list[Ask]:
+        """What to ask the teacher about one rollout; nothing is fine."""
+        return []
+
+    @abstractmethod
+    def targets(self, group: Sequence[Reviewed]) -> list[Target]:
+        """What each token of one prompt's rollouts is worth."""
+
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
+        """The objective in nats per trained token, and its metrics."""
+
+
+def whole(rollout: Rollout, wants: Wants, *, k: int = 0, view: Prompt | None = None) -> list[Ask]:
+    """One question about the whole response; none about an empty one."""
+    if not rollout.response_ids:
+        return []
+    return [Ask(rollout=rollout, view=view or rollout.prompt, wants=wants, k=k)]

@@ -1,0 +1,76 @@
+"""On-policy distillation: match the teacher's distribution on what the student writes (GKD, arXiv:2306.13649).
+
+    y ~ pi_old(. | x),   h_t = (x, y_<t)
+    S_t = pi_theta(. | h_t)^(1/T_S) / Z,   T_t = pi_T(. | h_t)^(1/T_T) / Z
+    L   = 1/N sum_t D_beta(T_t, S_t)                            N = response tokens of the whole batch
+
+    D_0 = KL(T || S), forward;   D_1 = KL(S || T), reverse;   between: the generalised Jensen-Shannon divergence
+    D_beta = beta KL(T || m) + (1 - beta) KL(S || m),   m = beta T + (1 - beta) S
+
+The gradient runs through S only, not through the sampling of y. With `top_k`, D runs over the teacher's K likeliest
+tokens and one bucket for all others, on both sides, so that it stays a divergence.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from potstill.divergence import jsd, with_rest
+from potstill.methods.base import Method, Metrics, Policy, whole
+from potstill.types import Ask, Batch, Reviewed, Rollout, Target, Wants
+
+
+class OPD(Method):
+    """Full-vocabulary or top-k divergence to a teacher that shares the student's tokenizer."""
+
+    name: Literal["opd"] = "opd"
+    beta: float = Field(1.0, ge=0, le=1)
+    """0: forward KL, covers the teacher. 1: reverse KL, seeks its modes. Between: Jensen-Shannon."""
+    top_k: int | None = Field(None, gt=0)
+    """Compare only the teacher's K likeliest tokens and the rest as one; unset: the whole vocabulary."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """Above 1 flattens the teacher's distribution, below 1 sharpens it."""
+    student_temperature: float = Field(1.0, gt=0)
+    """The same for the student, in the loss only: rollouts are drawn at 1."""
+
+    @property
+    def wants(self) -> Wants:
+        """The teacher's distribution, or its top."""
+        return Wants.TOPK if self.top_k else Wants.FULL
+
+    def asks(self, rollout: Rollout) -> list[Ask]:
+        """One question: what do you think of every token?"""
+        return whole(rollout, self.wants, k=self.top_k or 0)
+
+    def targets(self, group: Sequence[Reviewed]) -> list[Target]:
+        """Every token of the response counts once."""
+        out: list[Target] = []
+        for r in group:
+            if not r.feedback:
+                continue
+            f = r.only
+            logp = f.logp if f.topk_logp is None else f.topk_logp
+            ids = None if f.topk_ids is None else torch.from_numpy(f.topk_ids)
+            out.append(
+                Target(
+                    source=r,
+                    weight=torch.ones(len(r.rollout.response_ids)),
+                    teacher_ids=ids,
+                    teacher_logp=torch.from_numpy(logp),
+                )
+            )
+        return out
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        """D_beta per token, over N."""
+        assert batch.teacher_logp is not None
+        if batch.teacher_ids is None:
+            student = policy.logp_all() / self.student_temperature
+            teacher = batch.teacher_logp / self.teacher_temperature
+        else:
+            student = with_rest(policy.logp_at(batch.teacher_ids)) / self.student_temperature
+            teacher = with_rest(batch.teacher_logp) / self.teacher_temperature
+        loss = (batch.weight * jsd(student, teacher, self.beta)).sum() / batch.n_tokens
+        return loss, {"divergence": loss.detach()}

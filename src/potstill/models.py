@@ -1,0 +1,178 @@
+"""Loading causal language models and their tokenizers, and checking that two of them fit together.
+
+A path is a folder in Hugging Face format, a hub name, a peft adapter's folder, a `.gguf` file, or `lab/NAME` for a
+bundled model. The *vocabulary* of a model is its tokenizer's: rows of the output layer beyond `len(tokenizer)` are
+padding, and are cut off wherever logits are used, so that models padded to different sizes agree.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from potstill.errors import ModelError
+from potstill.lab import model_path
+
+disable_progress_bar()
+
+DType = Literal["float32", "bfloat16"]
+PROBES = ("The quick brown fox, 12*34=408;\n\t#", "naïve — 你好 🙂", "def f(x):\n    return x  # y")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenizer and what the run needs to know of it."""
+
+    name: str
+    tokenizer: Any
+    vocab: int
+    """Ids below this are tokens; the model's output rows from here on are padding."""
+    eos: tuple[int, ...]
+    """Ids that end a response."""
+    context: int
+    """Longest prompt and response together, in tokens."""
+
+    def names(self, ids: tuple[int, ...]) -> list[str]:
+        """The tokens behind ids, for messages."""
+        return self.tokenizer.convert_ids_to_tokens(list(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its tokenizer, in evaluation mode."""
+
+    model: Any
+    tokens: Tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+
+def resolve(path: str) -> str:
+    """A local folder for `lab/NAME`; anything else as it is."""
+    return str(model_path(path.removeprefix("lab/"))) if path.startswith("lab/") else path
+
+
+def source(path: str) -> tuple[str, dict[str, str]]:
+    """Arguments of transformers' `from_pretrained`: the folder or hub name, and `gguf_file` where it is one."""
+    path = resolve(path)
+    if path.endswith(".gguf"):
+        file = Path(path)
+        if not file.is_file():
+            raise ModelError(f"there is no file {path}. A GGUF model is given by the path of its .gguf file")
+        return str(file.parent), {"gguf_file": file.name}
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelError(f"there is no folder {path}. Give a Hugging Face folder, a hub name, a .gguf file or lab/NAME")
+    return str(Path(path).expanduser()) if path.startswith("~") else path, {}
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model of a peft adapter's folder; None if `path` is no such folder."""
+    file = Path(path) / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
+def load_tokens(path: str, eos: tuple[str, ...] | None = None) -> Tokens:
+    """The tokenizer of a model, without its weights. `eos` overrides the tokens that end a response. Raises ModelError."""
+    where, gguf = source(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
+        base = adapter_base(where)
+        config = AutoConfig.from_pretrained(source(base)[0] if base else where, **({} if base else gguf))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} cannot be loaded as a causal language model: {_first_line(error)}. "
+            "Give a Hugging Face folder (config.json, safetensors, tokenizer), a hub name, a .gguf file or lab/NAME"
+        ) from None
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ModelError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens but the model only {size} rows, so some tokens have no "
+            "logit. The folder mixes two models, or tokens were added without resizing; call resize_token_embeddings"
+        )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return Tokens(path, tokenizer, len(tokenizer), _eos(path, where, tokenizer, eos), context)
+
+
+def _eos(path: str, where: str, tokenizer: Any, names: tuple[str, ...] | None) -> tuple[int, ...]:
+    if names is not None:
+        ids = {name: tokenizer.get_vocab().get(name) for name in names}
+        if missing := [name for name, found in ids.items() if found is None]:
+            raise ModelError(f"{path} has no token {missing[0]!r}, so it cannot end a response. Give tokens of its vocabulary")
+        return tuple(sorted(ids.values()))
+    found = {tokenizer.eos_token_id} - {None}
+    try:
+        listed = GenerationConfig.from_pretrained(where).eos_token_id
+        found |= set(listed if isinstance(listed, list) else [listed]) - {None}
+    except OSError:  # a model without generation_config.json is fine: the tokenizer's own EOS ends a response
+        pass
+    if not found:
+        raise ModelError(f"{path} names no end-of-sequence token, so its answers would never end. Name it: eos = ['<|im_end|>']")
+    return tuple(sorted(found))
+
+
+def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple[str, ...] | None = None) -> Loaded:
+    """A model in evaluation mode, gradients off. Raises ModelError."""
+    tokens = load_tokens(path, eos)
+    where, gguf = source(path)
+    base = adapter_base(where)
+    kind = getattr(torch, dtype)
+    try:
+        if base:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(load(base, dtype=dtype).model, where).merge_and_unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **gguf)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the weights of {path} cannot be loaded: {_first_line(error)}. Is the folder complete?") from None
+    if gguf:
+        model = _without_quantization(model)
+    return Loaded(model.to(device=device, dtype=kind).eval().requires_grad_(False), tokens)
+
+
+def _without_quantization(model: Any) -> Any:
+    """A GGUF model is dequantised on loading but still says that it is quantised, and then refuses to be saved."""
+    config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def same_tokenizer(a: Tokens, b: Tokens) -> str | None:
+    """None if both read and write the same ids; else what differs, in words."""
+    if a.vocab != b.vocab:
+        return f"{a.name} has {a.vocab} tokens, {b.name} has {b.vocab}"
+    x, y = a.tokenizer.get_vocab(), b.tokenizer.get_vocab()
+    if x != y:
+        differ = [t for t in x if y.get(t) != x[t]]
+        return f"{len(differ)} of {a.vocab} tokens have other ids, such as {differ[0]!r}: {x[differ[0]]} and {y.get(differ[0])}"
+    for probe in PROBES:
+        if a.tokenizer.encode(probe, add_special_tokens=False) != b.tokenizer.encode(probe, add_special_tokens=False):
+            return f"both have the same tokens, but cut {probe!r} differently"
+    return None
+
+
+def check_shared(student: Tokens, teacher: Tokens) -> None:
+    """Refuse a pair whose token log-probabilities cannot be compared. Raises ModelError."""
+    if why := same_tokenizer(student, teacher):
+        raise ModelError(
+            f"student and teacher do not share a tokenizer: {why}. Token log-probabilities of one mean nothing to the other. "
+            "Use a teacher of the student's family, or method omniopd, which needs only the teacher's text"
+        )
+    if unknown := set(teacher.eos) - set(student.eos):
+        raise ModelError(
+            f"the teacher ends its answers with {teacher.names(tuple(sorted(unknown)))}, which does not end the student's "
+            f"(it stops at {student.names(student.eos)}). The student would learn to write that token and go on, and its "
+            f"answers would grow to the limit. Set student.eos = {teacher.names(teacher.eos)}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

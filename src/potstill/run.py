@@ -1,0 +1,195 @@
+"""A run on disk: what is written, in which order, and how it is read back.
+
+    runs/NAME/
+      config.toml      the recipe, as given          resolved.json   every field, as understood
+      env.json         versions, commit, hardware    metrics.jsonl   one row a step (see `potstill.logged`)
+      evals.jsonl      one row an evaluation         rollouts/step_000010.jsonl
+      checkpoints/step_000100/  loads in transformers, plus trainer.pt      checkpoints/latest  the newest step's name
+
+A directory appears whole or not at all: it is written under a temporary name and renamed. Rows are appended and
+flushed one by one, so a running job can be tailed; a row cut short by a kill is dropped by `rewind`.
+Needs no torch.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import CheckpointError, ConfigError, TrainingError
+
+Row = dict[str, Any]
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk into a message. Raises TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise TrainingError(
+            f"the disk is full: {path} could not be written ({error.strerror}). "
+            "Free some space; then `potstill train ... --resume` goes on from the last checkpoint"
+        ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with writing(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends, and vanishes if it raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file; a last line cut short by a kill is left out. Raises CheckpointError."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):  # no newline yet: the writer was killed in the middle of this row
+                break
+            raise CheckpointError(
+                f"{path}:{number} is not JSON, so the run's record is damaged. Remove that line, or start the run anew"
+            ) from None
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run directory. Reading one needs nothing but this class."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, *, config: str, resolved: Mapping[str, Any], env: Mapping[str, Any]) -> "Run":
+        """Make a new run directory. Raises ConfigError if there is something at `path` already."""
+        if path.exists():
+            raise ConfigError(
+                f"{path} exists already, and a run never overwrites another. "
+                "Continue it with --resume, or give another name (name = ... in the recipe, or name=... behind it)"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_directory(path) as folder:
+            (folder / "config.toml").write_text(config, encoding="utf-8")
+            (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+            (folder / "env.json").write_text(json.dumps(env, indent=2) + "\n", encoding="utf-8")
+            (folder / "rollouts").mkdir()
+            (folder / "checkpoints").mkdir()
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """An existing run. Raises CheckpointError if `path` holds none."""
+        if not (path / "resolved.json").is_file():
+            what = "does not exist" if not path.exists() else "is no run directory: it has no resolved.json"
+            raise CheckpointError(f"{path} {what}. Give the folder that `potstill train` made, such as runs/NAME")
+        return cls(path)
+
+    @property
+    def resolved(self) -> Row:
+        """Every field of the recipe, as understood."""
+        return json.loads((self.path / "resolved.json").read_text(encoding="utf-8"))
+
+    @property
+    def metrics(self) -> list[Row]:
+        """One row a step."""
+        return read_rows(self.path / "metrics.jsonl")
+
+    @property
+    def evals(self) -> list[Row]:
+        """One row an evaluation."""
+        return read_rows(self.path / "evals.jsonl")
+
+    @property
+    def rollout_steps(self) -> list[int]:
+        """The steps whose rollouts were kept, ascending."""
+        return sorted(int(p.stem.removeprefix("step_")) for p in (self.path / "rollouts").glob("step_*.jsonl"))
+
+    def rollouts(self, step: int) -> list[Row]:
+        """The rollouts of one step, with what their teachers said."""
+        return read_rows(self.path / "rollouts" / f"step_{step:06d}.jsonl")
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row to metrics.jsonl or evals.jsonl. Raises TrainingError when the disk is full."""
+        path = self.path / f"{name}.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the rollouts of a step."""
+        write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+    def checkpoint(self, step: int, save: Callable[[Path], None], keep: int) -> Path:
+        """Save with `save(folder)` as checkpoints/step_N, make it the latest, and drop all but the newest `keep`."""
+        folder = self.path / "checkpoints" / f"step_{step:06d}"
+        if folder.exists():  # a resumed run arrives at a step that was saved just before the kill
+            shutil.rmtree(folder)
+        with whole_directory(folder) as temporary:
+            save(temporary)
+        write_whole(self.path / "checkpoints" / "latest", folder.name + "\n")
+        for old in sorted((self.path / "checkpoints").glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+        return folder
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest complete checkpoint; None before the first. Raises CheckpointError."""
+        pointer = self.path / "checkpoints" / "latest"
+        if not pointer.exists():
+            return None
+        folder = self.path / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+        if not (folder / "trainer.pt").is_file():
+            raise CheckpointError(
+                f"{pointer} names {folder.name}, which is missing or has no trainer.pt, so the run cannot go on from it. "
+                f"Write the name of a whole checkpoint into {pointer}, or start anew under another name"
+            )
+        return int(folder.name.removeprefix("step_")), folder
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after `step`, so that a resumed run writes it again, once."""
+        for name in ("metrics", "evals"):
+            path = self.path / f"{name}.jsonl"
+            if path.exists():
+                write_whole(path, "".join(json.dumps(r) + "\n" for r in read_rows(path) if r["step"] <= step))
+        for kept in self.rollout_steps:
+            if kept > step:
+                (self.path / "rollouts" / f"step_{kept:06d}.jsonl").unlink()
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a finished or running run: `.metrics`, `.evals`, `.rollouts(step)`, `.resolved`. Raises CheckpointError."""
+    return Run.open(Path(path))

@@ -1,0 +1,35 @@
+"""Rollouts copied from the data set: the worked answers that `sft` learns from."""
+
+from collections.abc import Sequence
+
+from potstill.errors import DataError
+from potstill.models import Tokens
+from potstill.samplers.hf import foreign_rollout
+from potstill.seeds import derive
+from potstill.types import Prompt, Rollout
+
+
+class DataSampler:
+    """Every prompt's own `completion`, or its `answer` where it has none, with the end-of-sequence token behind it."""
+
+    def __init__(self, student: Tokens, *, max_tokens: int):
+        self.student, self.max_tokens = student, max_tokens
+
+    async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
+        """One answer to each prompt, `n` times. Raises DataError for a prompt that has none, or one too long."""
+        return [[self._rollout(p, i, derive(seed, step, p.id, i)) for i in range(n)] for p in prompts]
+
+    def _rollout(self, prompt: Prompt, sample: int, seed: int) -> Rollout:
+        text = prompt.completion or prompt.answer
+        if text is None:
+            raise DataError(
+                f"prompt {prompt.id!r} has neither completion nor answer, so there is nothing to imitate. "
+                'Add the column, or let the teacher write: method.source = "teacher"'
+            )
+        ids = (*self.student.tokenizer.encode(text, add_special_tokens=False), self.student.eos[0])
+        if len(ids) > self.max_tokens:
+            raise DataError(
+                f"the answer of prompt {prompt.id!r} has {len(ids)} tokens, more than max_tokens = {self.max_tokens}. "
+                "Raise max_tokens, or drop the row"
+            )
+        return foreign_rollout(self.student, prompt, ids, sample=sample, author="data", seed=seed)

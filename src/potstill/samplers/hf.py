@@ -1,0 +1,102 @@
+"""Rollouts by a Hugging Face model in this process: the student, or the teacher writing for it."""
+
+from collections.abc import Sequence
+
+from potstill import chat
+from potstill.decode import Decoding, Row, Written, write
+from potstill.errors import DataError
+from potstill.models import Loaded, Tokens, same_tokenizer
+from potstill.seeds import derive
+from potstill.types import Author, Prompt, Rollout
+
+
+class HFSampler:
+    """Samples from a model. The n answers to a prompt share one reading of it.
+
+    It holds the learner's own model object, so it always writes with the newest weights; `version` counts them.
+    """
+
+    def __init__(self, loaded: Loaded, *, max_tokens: int, decoding: Decoding = Decoding()):  # noqa: B008 - frozen
+        self.loaded, self.max_tokens, self.how = loaded, max_tokens, decoding
+        self.version = 0
+
+    async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
+        """`n` answers to each prompt. Raises DataError for a prompt that leaves no room for an answer."""
+        tokens = self.loaded.tokens
+        trunks = [prompt_within(tokens, p, self.max_tokens) for p in prompts]
+        seeds = [[derive(seed, step, p.id, i) for i in range(n)] for p in prompts]
+        rows = [
+            Row(trunk=t, prefix=trunk, limit=self.max_tokens, seed=s)
+            for t, trunk in enumerate(trunks)
+            for s in seeds[t]
+        ]
+        written = iter(write(self.loaded.model, trunks, rows, vocab=tokens.vocab, eos=tokens.eos, how=self.how))
+        return [
+            [self._rollout(p, i, trunk, next(written), seeds[t][i]) for i in range(n)]
+            for t, (p, trunk) in enumerate(zip(prompts, trunks, strict=True))
+        ]
+
+    def _rollout(self, prompt: Prompt, sample: int, ids: tuple[int, ...], w: Written, seed: int) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            prompt_ids=ids,
+            response_ids=w.ids,
+            pieces=chat.pieces(self.loaded.tokens.tokenizer, w.ids),
+            old_logp=w.logp,
+            entropy=w.entropy,
+            finish=w.finish,
+            policy_version=self.version,
+            seed=seed,
+        )
+
+
+class Translated:
+    """A model's answers in the student's tokens: what `sft` learns from. The student's log-probs do not exist for them."""
+
+    def __init__(self, sampler: HFSampler, student: Tokens, author: Author = "teacher"):
+        self.sampler, self.student, self.author = sampler, student, author
+        self.same = same_tokenizer(student, sampler.loaded.tokens) is None
+
+    async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
+        """`n` answers to each prompt, as if the student had written them."""
+        groups = await self.sampler.sample(prompts, n, seed=derive(seed, "teacher"), step=step)
+        return [[self._translated(r) for r in group] for group in groups]
+
+    def _translated(self, r: Rollout) -> Rollout:
+        room = self.sampler.max_tokens
+        if self.same:
+            ids = r.response_ids
+        else:
+            end = self.student.eos[:1] if r.finish == "stop" else ()
+            ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)[:room]
+        return foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author=self.author, seed=r.seed)
+
+
+def foreign_rollout(
+    tokens: Tokens, prompt: Prompt, ids: Sequence[int], *, sample: int, author: Author, seed: int
+) -> Rollout:
+    """A rollout that the student did not write, in its tokens."""
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        author=author,
+        prompt_ids=prompt_within(tokens, prompt, len(ids)),
+        response_ids=tuple(ids),
+        pieces=chat.pieces(tokens.tokenizer, ids),
+        finish="stop" if ids and ids[-1] in tokens.eos else "length",
+        seed=seed,
+    )
+
+
+def prompt_within(tokens: Tokens, prompt: Prompt, room: int) -> tuple[int, ...]:
+    """The prompt's ids. Raises DataError if `room` more tokens do not fit into the model's context."""
+    ids = chat.prompt_ids(tokens.tokenizer, prompt)
+    if not ids:
+        raise DataError(f"prompt {prompt.id!r} is empty, so there is nothing to answer. Remove it from the data set")
+    if len(ids) + room > tokens.context:
+        raise DataError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens and its answer may take {room}, but {tokens.name} reads "
+            f"{tokens.context} in all. Shorten or drop the prompt, or lower max_tokens"
+        )
+    return ids

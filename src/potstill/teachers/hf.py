@@ -1,0 +1,150 @@
+"""A Hugging Face model in this process as teacher: it scores tokens, and it goes on from where the student was.
+
+With the student's tokenizer it reads the student's token ids after its own rendering of the prompt. With another one it
+is a foreign, text-only teacher: it reads and writes text, which is cut to the asked length in the student's tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from potstill import chat
+from potstill.decode import Decoding, Row, write
+from potstill.models import Loaded, Tokens, same_tokenizer
+from potstill.seeds import derive
+from potstill.types import Ask, Feedback, Usage, Wants
+
+SLACK = 1.5
+"""Teacher tokens asked for per student token, where the tokenizers differ: text is cut afterwards, not before."""
+
+
+class HFTeacher:
+    """Scores and continues with one model. `share` off reads every prefix anew: slow, and the reference for tests."""
+
+    def __init__(self, loaded: Loaded, student: Tokens, *, decoding: Decoding, text_only: bool = False, share: bool = True):
+        self.name = loaded.tokens.name
+        self.loaded, self.student, self.how, self.share = loaded, student, decoding, share
+        self.foreign = text_only or same_tokenizer(student, loaded.tokens) is not None
+
+    @property
+    def offers(self) -> Wants:
+        """Everything with the student's tokenizer, text with another one."""
+        return Wants.TEXT if self.foreign else Wants.FULL
+
+    async def feedback(self, asks: Sequence[Ask]) -> list[Feedback]:
+        """Scores and continuations, in the order of the questions."""
+        scored = self._score([a for a in asks if a.wants is not Wants.TEXT])
+        written = self._continue([a for a in asks if a.wants is Wants.TEXT])
+        by_key = {(f.ask.key, f.ask.wants): f for f in [*scored, *written]}
+        return [by_key[a.key, a.wants] for a in asks]
+
+    # --- scores -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _score(self, asks: Sequence[Ask]) -> list[Feedback]:
+        out: list[Feedback] = []
+        for group in self._micro(asks):
+            prompts = [chat.prompt_ids(self.loaded.tokens.tokenizer, a.view) for a in group]
+            rows = [torch.tensor([*p, *a.rollout.response_ids]) for p, a in zip(prompts, group, strict=True)]
+            ids = pad_sequence(rows, batch_first=True)
+            mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+            device = self.loaded.device
+            shortest = min(len(p) for p in prompts)
+            keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
+            logits = self.loaded.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
+            for i, (ask, prompt) in enumerate(zip(group, prompts, strict=True)):
+                first = len(prompt) - shortest + ask.start  # this row predicts response[ask.start]
+                length = len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length
+                logp = logits[i, first : first + length, : self.student.vocab].float().log_softmax(-1)
+                read = len(prompt) + ask.start + length
+                out.append(_scores(self.name, ask, logp.cpu(), read))
+        return out
+
+    def _micro(self, asks: Sequence[Ask]) -> list[list[Ask]]:
+        """Consecutive questions whose tokens fit into one forward pass."""
+        groups: list[list[Ask]] = []
+        longest = 0
+        for ask in asks:
+            length = len(ask.rollout.prompt_ids) + len(ask.rollout.response_ids)
+            longest = max(longest, length)
+            if not groups or (len(groups[-1]) + 1) * longest > self.how.cells // 4:
+                groups.append([])
+                longest = length
+            groups[-1].append(ask)
+        return groups
+
+    # --- continuations ------------------------------------------------------------------------------------------
+
+    def _continue(self, asks: Sequence[Ask]) -> list[Feedback]:
+        tokenizer = self.loaded.tokens.tokenizer
+        prefixes = [self._prefix(a) for a in asks]
+        trunks: list[tuple[int, ...]] = []
+        place: dict[tuple[str, int], int] = {}
+        rows: list[Row] = []
+        for ask, prefix in zip(asks, prefixes, strict=True):
+            key = ask.rollout.key if self.share else (*ask.key, "alone")
+            if key not in place:
+                place[key] = len(trunks)
+                trunks.append(prefix)
+            elif len(prefix) > len(trunks[place[key]]):
+                trunks[place[key]] = prefix  # the longest prefix of a rollout holds the others
+            for i in range(ask.n):
+                seed = derive(ask.rollout.seed, "teacher", ask.start, i)
+                rows.append(Row(trunk=place[key], prefix=prefix, limit=self._limit(ask), seed=seed))
+        written = iter(
+            write(
+                self.loaded.model, trunks, rows, vocab=self.loaded.tokens.vocab, eos=self.loaded.tokens.eos, how=self.how
+            )
+        )
+        out: list[Feedback] = []
+        for ask, prefix in zip(asks, prefixes, strict=True):
+            mine = [next(written) for _ in range(ask.n)]
+            texts = [tokenizer.decode(list(w.ids), **chat.PLAIN) for w in mine]
+            if self.foreign and ask.unit == "student" and ask.length is not None:
+                texts = [chat.cut(self.student.tokenizer, text, ask.length) for text in texts]
+            usage = Usage(
+                read=len(prefix) * ask.n,
+                cached=sum(w.shared for w in mine),
+                written=sum(len(w.ids) for w in mine),
+            )
+            out.append(
+                Feedback(
+                    ask=ask,
+                    teacher=self.name,
+                    temperature=self.how.temperature,
+                    texts=tuple(texts),
+                    finishes=tuple(w.finish for w in mine),
+                    usage=usage,
+                )
+            )
+        return out
+
+    def _prefix(self, ask: Ask) -> tuple[int, ...]:
+        """What the teacher reads: its own rendering of the prompt, then the student's answer up to `start`."""
+        tokenizer = self.loaded.tokens.tokenizer
+        prompt = chat.prompt_ids(tokenizer, ask.view)
+        if self.foreign:
+            return (*prompt, *tokenizer.encode(ask.rollout.text(0, ask.start), add_special_tokens=False))
+        return (*prompt, *ask.rollout.response_ids[: ask.start])
+
+    def _limit(self, ask: Ask) -> int:
+        assert ask.length is not None
+        return round(SLACK * ask.length) if self.foreign and ask.unit == "student" else ask.length
+
+
+def _scores(teacher: str, ask: Ask, logp: torch.Tensor, read: int) -> Feedback:
+    """As much of log pi_T [L, V] as was asked for."""
+    ids = torch.tensor(ask.rollout.response_ids[ask.start : ask.start + len(logp)])
+    sampled = logp.gather(-1, ids[:, None])[:, 0].numpy()
+    known: dict[str, Any] = {"ask": ask, "teacher": teacher, "usage": Usage(read=read), "sampled": sampled}
+    if ask.wants is Wants.TOPK:
+        values, indices = logp.topk(min(ask.k, logp.shape[-1]), -1)
+        known |= {"topk_ids": indices.numpy(), "topk_logp": values.numpy()}
+    if ask.wants is Wants.FULL:
+        known |= {"logp": logp.numpy().astype(np.float32)}
+    return Feedback(**known)
+
+

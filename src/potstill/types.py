@@ -1,0 +1,220 @@
+"""The nouns. Every stage of a run consumes one of these and returns the next one.
+
+    Prompt -> Rollout -> Ask -> Feedback -> Reviewed -> Target -> Batch -> (loss, metrics)
+
+Each record holds the one it was made from, so nothing is ever matched up by position.
+Shapes: P prompt tokens, T response tokens, L asked tokens, K teacher alternatives, B rows, V vocabulary.
+Log-probabilities and entropies are in nats, never raw logits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+Author = Literal["student", "teacher", "data"]
+Finish = Literal["stop", "length", "error"]
+
+
+class Wants(IntEnum):
+    """How much of the teacher a method needs to see; a larger value includes the smaller ones."""
+
+    NOTHING = 0
+    TEXT = 1  # the teacher's own words
+    SAMPLED = 2  # log-prob of each token of the rollout
+    TOPK = 3  # log-probs of the K likeliest tokens at each position
+    FULL = 4  # the whole distribution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question.
+
+    Example: ``Prompt(id="lab-17", messages=({"role": "user", "content": "473*6="},), answer="2838")``.
+    """
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    answer: str | None = None
+    """Read by verifiers and privileged teachers, never shown to the student."""
+    completion: str | None = None
+    """A worked answer to imitate (`sft` with `source = "data"`)."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One answer to one prompt, token by token, in the student's vocabulary."""
+
+    prompt: Prompt
+    sample: int
+    """0 .. group-1, among the answers to the same prompt."""
+    author: Author = "student"
+    prompt_ids: tuple[int, ...]
+    """[P] as the student saw the prompt."""
+    response_ids: tuple[int, ...]
+    """[T], the end-of-sequence token included when the author wrote one."""
+    pieces: tuple[str, ...]
+    """[T] the text of each token; "" for special tokens and for all but the last token of a split character."""
+    old_logp: tuple[float, ...] | None = None
+    """[T] log pi_old(y_t | h_t), nats, of the policy that sampled; None if the student did not write it."""
+    entropy: tuple[float, ...] | None = None
+    """[T] over the whole vocabulary, nats, of the distribution that produced y_t."""
+    finish: Finish
+    policy_version: int = 0
+    seed: int = 0
+    """Every random number that concerns this rollout derives from it."""
+    verdict: float | None = None
+    """The verifier's score, 0 .. 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("pieces", "old_logp", "entropy"):
+            got = getattr(self, name)
+            if got is not None and len(got) != len(self.response_ids):
+                raise ValueError(
+                    f"rollout {self.key}: {len(got)} {name} for {len(self.response_ids)} response tokens; "
+                    "the sampler must return one per sampled token"
+                )
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Names the rollout within its step: (prompt id, sample)."""
+        return self.prompt.id, self.sample
+
+    def text(self, start: int = 0, length: int | None = None) -> str:
+        """The text of `length` tokens from `start`. Never cuts inside a character."""
+        return "".join(self.pieces[start:][:length])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One question to a teacher about one rollout, as seen after `view` and `response[:start]`.
+
+    Either: what do you think of the next `length` tokens (scores)? Or: how would you go on, `n` times (TEXT)?
+    """
+
+    rollout: Rollout
+    view: Prompt
+    """The prompt as the teacher is to see it; a privileged teacher sees more than the student."""
+    wants: Wants
+    start: int = 0
+    length: int | None = None
+    """Tokens to score or to write; None scores to the end of the response."""
+    n: int = 1
+    """Continuations to write (TEXT)."""
+    k: int = 0
+    """Alternatives per position (TOPK)."""
+    unit: Literal["student", "teacher"] = "student"
+    """Whose tokens `length` counts, for TEXT."""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Names the question within its step: (prompt id, sample, start)."""
+        return *self.rollout.key, self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer cost, in teacher tokens."""
+
+    read: int = 0
+    """Logical input: prompt and prefix, once per request."""
+    cached: int = 0
+    """The part of `read` that was served from a shared prefix."""
+    written: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(read=self.read + other.read, cached=self.cached + other.cached, written=self.written + other.written)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """The teacher's answer to one Ask. Fields that were not asked for stay None or empty."""
+
+    ask: Ask
+    teacher: str
+    temperature: float = 1.0
+    sampled: Float32[np.ndarray, " L"] | None = None
+    """log pi_T(y_t | h_t)."""
+    topk_ids: Int[np.ndarray, "L K"] | None = None
+    topk_logp: Float32[np.ndarray, "L K"] | None = None
+    """Largest first."""
+    logp: Float32[np.ndarray, "L V"] | None = None
+    texts: tuple[str, ...] = ()
+    """n continuations, each cut to `length` tokens."""
+    finishes: tuple[Finish, ...] = ()
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reviewed:
+    """A rollout and everything its teachers said about it, possibly nothing (too short to audit)."""
+
+    rollout: Rollout
+    feedback: tuple[Feedback, ...] = ()
+
+    @property
+    def only(self) -> Feedback:
+        """The one answer, for methods that ask once."""
+        [feedback] = self.feedback
+        return feedback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """What a chunk audit saw and decided, for people to read (OmniOPD Eq. 3-5)."""
+
+    start: int
+    length: int
+    text: str
+    continuations: tuple[str, ...]
+    similarity: tuple[float, ...]
+    k_sem: float
+    pi_bar: float
+    target: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Per-token training target of one rollout; all that a method hands to the learner."""
+
+    source: Reviewed
+    weight: Float[Tensor, " T"]
+    """Of the method's own term; 0 leaves the token out."""
+    anchor: Float[Tensor, " T"] | None = None
+    """Of the KL to the reference policy."""
+    advantage: Float[Tensor, " T"] | None = None
+    teacher_ids: Int[Tensor, "T K"] | None = None
+    teacher_logp: Float[Tensor, "T K"] | None = None
+    """Of `teacher_ids`, or of the whole vocabulary (K = V) where those are None."""
+    info: Mapping[str, Float[Tensor, " T"]] = field(default_factory=dict)
+    """Numbers to average over tokens for the metrics; nan where one does not apply."""
+    audits: tuple[Audit, ...] = ()
+
+    @property
+    def rollout(self) -> Rollout:
+        """The answer this target is about."""
+        return self.source.rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Targets padded to one length. Row t of the policy's output is the distribution that produced labels[:, t]."""
+
+    prompt_ids: tuple[tuple[int, ...], ...]
+    """B prompts, ragged."""
+    labels: Int[Tensor, "B T"]
+    mask: Float[Tensor, "B T"]
+    """1 on response tokens, 0 on padding."""
+    weight: Float[Tensor, "B T"]
+    old_logp: Float[Tensor, "B T"] | None = None
+    anchor: Float[Tensor, "B T"] | None = None
+    advantage: Float[Tensor, "B T"] | None = None
+    teacher_ids: Int[Tensor, "B T K"] | None = None
+    teacher_logp: Float[Tensor, "B T K"] | None = None
+    n_tokens: float
+    """Trained tokens over *all* ranks and micro-batches: the one divisor, shared by every term."""
