@@ -53,7 +53,9 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
             "would never arrive. Lower warmup or raise steps"
         )
     if config.learner.schedule == "constant" and config.learner.lr >= 1:
-        raise ConfigError(f"learner.lr = {config.learner.lr} moves every weight by more than 1 a step. Try 1e-3 or less")
+        raise ConfigError(
+            f"learner.lr = {config.learner.lr} moves every weight by more than 1 a step. Try 1e-3 or less"
+        )
     student = models.load_tokens(config.student.path, config.student.eos)
     if config.teacher is not None:
         teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
@@ -70,7 +72,9 @@ def _check_teacher(config: Config, method: Method) -> None:
     if teacher is None:
         if method.wants > Wants.NOTHING or method.author == "teacher":
             what = "its answers" if method.author == "teacher" else NEEDS[method.wants]
-            raise ConfigError(f"{name} learns from a teacher ({what}), but the recipe names none. Add [teacher] with path = ...")
+            raise ConfigError(
+                f"{name} learns from a teacher ({what}), but the recipe names none. Add [teacher] with path = ..."
+            )
         return
     if method.wants is Wants.NOTHING and method.author != "teacher":
         raise ConfigError(f"{name} as set here asks no teacher, so [teacher] would have no effect. Remove the table")
@@ -94,7 +98,9 @@ def _check_teacher(config: Config, method: Method) -> None:
 
 def _method(config: Config) -> Method:
     if not isinstance(config.method, Method):
-        raise ConfigError(f"method {type(config.method).__name__} is no potstill.methods.base.Method. Derive it from Method")
+        raise ConfigError(
+            f"method {type(config.method).__name__} is no potstill.methods.base.Method. Derive it from Method"
+        )
     return config.method
 
 
@@ -124,7 +130,12 @@ def build(config: Config) -> Parts:
     s = config.student
     student = models.load(s.path, dtype=s.dtype, device=device(s.device), eos=s.eos)
     learner = LocalLearner(
-        student, config.learner, steps=config.steps, seed=config.seed, reference="reference" in method.needs, lora=s.lora
+        student,
+        config.learner,
+        steps=config.steps,
+        seed=config.seed,
+        reference="reference" in method.needs,
+        lora=s.lora,
     )
     teacher = _load_teacher(config.teacher, tokens) if config.teacher else None
     if teacher and teacher.offers < method.wants:

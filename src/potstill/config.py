@@ -24,7 +24,8 @@ class LoRA(Part):
     """Train a low-rank adapter instead of all weights."""
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, gt=0)
+    """The adapter is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     modules: tuple[str, ...] = ()
     """Names of the layers to adapt; empty: every linear layer but the output."""
@@ -154,7 +155,9 @@ def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}. See `potstill check` on one of: {', '.join(recipes())}") from None
+        raise ConfigError(
+            f"{path} is not TOML: {error}. See `potstill check` on one of: {', '.join(recipes())}"
+        ) from None
     for override in overrides:
         _apply(raw, override)
     shown = "".join(f"# {o}\n" for o in overrides)
@@ -180,7 +183,9 @@ def parse(raw: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += [p for p in _explain(error, Config, "") if not any(p.startswith(f"{t}:") for t in ("task", "method"))]
+        problems += [
+            p for p in _explain(error, Config, "") if not any(p.startswith(f"{t}:") for t in ("task", "method"))
+        ]
         config = None
     if problems or config is None:
         raise ConfigError("the recipe cannot be used:\n" + "\n".join(f"  - {p}" for p in dict.fromkeys(problems)))
@@ -222,3 +227,15 @@ def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         options = getattr(annotation, "__args__", (annotation,))
         cls = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(cls.model_fields)
+
+
+def parse_part(cls: Any, raw: dict[str, Any], overrides: Sequence[str], table: str) -> Any:
+    """One table of a recipe by itself. Raises ConfigError."""
+    raw = dict(raw)
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {p}" for p in _explain(error, cls, table))
+        raise ConfigError(f"[{table}] cannot be used:\n{problems}") from None

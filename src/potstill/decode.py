@@ -68,7 +68,7 @@ def write(
     *,
     vocab: int,
     eos: Sequence[int],
-    how: Decoding = Decoding(),  # noqa: B008 - frozen
+    how: Decoding = Decoding(),
 ) -> list[Written]:
     """Continue every row until it ends or reaches its limit. Same seeds, same text, whatever the tiling."""
     was_training = model.training
@@ -99,7 +99,15 @@ def _tiles(model: Any, trunks: Sequence[Sequence[int]], rows: Sequence[Row], cel
 class _Tile:
     """Rows that decode together. R rows, S cached columns; rows that end leave the batch."""
 
-    def __init__(self, model: Any, trunks: Sequence[Sequence[int]], rows: Sequence[Row], vocab: int, eos: Sequence[int], how: Decoding):
+    def __init__(
+        self,
+        model: Any,
+        trunks: Sequence[Sequence[int]],
+        rows: Sequence[Row],
+        vocab: int,
+        eos: Sequence[int],
+        how: Decoding,
+    ):
         self.model, self.rows, self.vocab, self.how = model, rows, vocab, how
         self.device = model.device
         self.eos = torch.tensor(list(eos), device=self.device)
@@ -169,7 +177,9 @@ class _Tile:
         )
         return out.logits[:, -1, : self.vocab].float()
 
-    def _draw(self, alive: Int[Tensor, " R"], logits: Float[Tensor, "R V"], writes: Bool[Tensor, " R"] | None) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
+    def _draw(
+        self, alive: Int[Tensor, " R"], logits: Float[Tensor, "R V"], writes: Bool[Tensor, " R"] | None
+    ) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
         """Draw a token per row, note it where the row is writing, and say which rows are over."""
         logp = logits.log_softmax(-1)
         at = self.count[alive]

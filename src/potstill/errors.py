@@ -6,7 +6,8 @@
     ├── ModelError                a student or teacher that cannot be loaded, or a pair that cannot work together
     ├── TeacherError              a teacher's answer that cannot be used
     ├── TrainingError             a step that cannot go on (a loss that is not a number, a full disk)
-    └── CheckpointError           a run or checkpoint that cannot be read
+    ├── CheckpointError           a run or checkpoint that cannot be read
+    └── Interrupted               not an error: the user stopped the run (exit code 130)
 
 Anything else that reaches the command line is our fault: exit code 1, with a traceback.
 """
@@ -23,6 +24,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 class PotstillError(Exception):
     """Base of every error that a user can put right."""
+
+    exit_code = 2
+
+
+class Interrupted(PotstillError):
+    """The user stopped a run; its state is saved."""
+
+    exit_code = 130
 
 
 class ConfigError(PotstillError, ValueError):

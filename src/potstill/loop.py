@@ -1,9 +1,11 @@
 """The run, top to bottom.
 
-    prompts -> rollouts -> verdicts -> asks -> feedback -> targets -> one optimiser step -> the record
+prompts -> rollouts -> verdicts -> asks -> feedback -> targets -> one optimiser step -> the record
 """
 
 import asyncio
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 from potstill.batch import info_means
 from potstill.build import Parts, build, environment
 from potstill.config import Config
-from potstill.errors import ConfigError, TrainingError
+from potstill.errors import ConfigError, Interrupted, TrainingError
 from potstill.evaluate import evaluate
 from potstill.metrics import repetition
 from potstill.run import Run
@@ -34,7 +36,9 @@ class Watcher(Protocol):
         """A row of evals.jsonl was written."""
 
 
-def train(config: Config, root: Path = Path("runs"), *, text: str = "", resume: bool = False, watch: Watcher | None = None) -> Run:
+def train(
+    config: Config, root: Path = Path("runs"), *, text: str = "", resume: bool = False, watch: Watcher | None = None
+) -> Run:
     """Train to the last step and return the run. Raises PotstillError; nothing is written if the set-up is wrong."""
     folder = root / config.name
     if folder.exists() and not resume:
@@ -61,6 +65,7 @@ async def _train(config: Config, parts: Parts, run: Run, watch: Watcher | None) 
     clock = Clock(run)
     if done == 0 and not run.evals:
         await _evaluate(config, parts, run, 0, clock, watch)
+    stop = Stop()
     for step in range(done + 1, config.steps + 1):
         row, targets = await _step(config, parts, step, clock)
         run.append("metrics", row)
@@ -70,8 +75,10 @@ async def _train(config: Config, parts: Parts, run: Run, watch: Watcher | None) 
             run.keep_rollouts(step, [describe(t, step) for t in targets[: config.save.rollouts]])
         if step % config.eval.every == 0 or step == config.steps:
             await _evaluate(config, parts, run, step, clock, watch)
-        if step % config.save.every == 0 or step == config.steps:
+        if step % config.save.every == 0 or step == config.steps or stop.asked:
             run.checkpoint(step, parts.learner.save, config.save.keep)
+        if stop.asked and step < config.steps:
+            raise Interrupted(f"interrupted after step {step}, which is saved in {run.path}. Go on with --resume")
 
 
 async def _step(config: Config, parts: Parts, step: int, clock: "Clock") -> tuple[Row, list[Target]]:
@@ -91,7 +98,13 @@ async def _step(config: Config, parts: Parts, step: int, clock: "Clock") -> tupl
         )
     learnt = parts.learner.step(targets, method, step)
     clock.add(clock.now() - began)
-    row = {"step": step, **learnt, **info_means(targets), **_rollout_means([r for g in groups for r in g]), **_usage(said)}
+    row = {
+        "step": step,
+        **learnt,
+        **info_means(targets),
+        **_rollout_means([r for g in groups for r in g]),
+        **_usage(said),
+    }
     times = {"time/sample": sampled - began, "time/teacher": taught - sampled, "time/learn": clock.now() - taught}
     return row | {name: round(t, 4) for name, t in times.items()} | {"cpu_s": round(clock.total, 3)}, targets
 
@@ -153,6 +166,19 @@ def describe(target: Target, step: int) -> Row:
         "info": {name: numbers(values) for name, values in target.info.items()},
         "audits": [{name: getattr(a, name) for name in a.__slots__} for a in target.audits],
     }
+
+
+class Stop:
+    """Ctrl-C lets the step end, so that its work can be saved; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._hear)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Clock:

@@ -104,7 +104,9 @@ def _eos(path: str, where: str, tokenizer: Any, names: tuple[str, ...] | None) -
     if names is not None:
         ids = {name: tokenizer.get_vocab().get(name) for name in names}
         if missing := [name for name, found in ids.items() if found is None]:
-            raise ModelError(f"{path} has no token {missing[0]!r}, so it cannot end a response. Give tokens of its vocabulary")
+            raise ModelError(
+                f"{path} has no token {missing[0]!r}, so it cannot end a response. Give tokens of its vocabulary"
+            )
         return tuple(sorted(ids.values()))
     found = {tokenizer.eos_token_id} - {None}
     try:
@@ -113,7 +115,9 @@ def _eos(path: str, where: str, tokenizer: Any, names: tuple[str, ...] | None) -
     except OSError:  # a model without generation_config.json is fine: the tokenizer's own EOS ends a response
         pass
     if not found:
-        raise ModelError(f"{path} names no end-of-sequence token, so its answers would never end. Name it: eos = ['<|im_end|>']")
+        raise ModelError(
+            f"{path} names no end-of-sequence token, so its answers would never end. Name it: eos = ['<|im_end|>']"
+        )
     return tuple(sorted(found))
 
 
@@ -131,7 +135,9 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
         else:
             model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **gguf)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the weights of {path} cannot be loaded: {_first_line(error)}. Is the folder complete?") from None
+        raise ModelError(
+            f"the weights of {path} cannot be loaded: {_first_line(error)}. Is the folder complete?"
+        ) from None
     if gguf:
         model = _without_quantization(model)
     return Loaded(model.to(device=device, dtype=kind).eval().requires_grad_(False), tokens)
@@ -139,7 +145,9 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
 
 def _without_quantization(model: Any) -> Any:
     """A GGUF model is dequantised on loading but still says that it is quantised, and then refuses to be saved."""
-    config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
     plain = type(model)._from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     return plain

@@ -128,7 +128,9 @@ class Usage:
     written: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(read=self.read + other.read, cached=self.cached + other.cached, written=self.written + other.written)
+        return Usage(
+            read=self.read + other.read, cached=self.cached + other.cached, written=self.written + other.written
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ def rollout(rng: random.Random, step: int, sample: int, *, audited: bool, skill:
         "step": step, "id": f"lab-{a}-{b}", "sample": sample, "author": "student",
         "messages": [{"role": "user", "content": f"{a}*{b}="}], "answer": str(a * b), "pieces": pieces,
         "entropy": entropy, "old_logp": [-e / 2 for e in entropy], "weight": weight,
-        "anchor": [1 - w for w in weight] if audited else None, "advantage": None,
+        "anchor": [1 - w for w in weight] if audited else None, "advantage": [0.7 * w for w in weight] if audited else [rng.gauss(0, 0.8) for _ in pieces],
         "verdict": 0.0 if wrong else 1.0, "finish": "stop", "policy_version": step, "info": info, "audits": audits,
     }  # fmt: skip
 
@@ -236,12 +236,12 @@ def test_sentences_claim_no_more_than_the_interval(runs: list[Run]) -> None:
 
 def test_teacher_tokens_are_added_up_and_gaps_left_out() -> None:
     rows = [{"step": 1, "teacher/read": 10}, {"step": 2, "teacher/read": None}, {"step": 3, "teacher/read": 5}]
-    assert logged_curve(rows, "teacher/read") == [Point(1, 10), Point(3, 15)]
-    assert logged_curve([{"step": 1, "loss": math.nan}, {"step": 2, "loss": 4}], "loss") == [Point(2, 4)]
+    assert logged_curve(rows, "teacher/read") == [Point(1.0, 10.0), Point(3.0, 15.0)]
+    assert logged_curve([{"step": 1, "loss": math.nan}, {"step": 2, "loss": 4}], "loss") == [Point(2.0, 4.0)]
 
 
 def test_chart_puts_points_where_they_belong() -> None:
-    line = Series("a", 0, [Point(0, 0.0), Point(10, 1.0, 0.9, 1.0)])
+    line = Series("a", 0, [Point(0.0, 0.0), Point(10.0, 1.0, 0.9, 1.0)])
     chart = line_chart("t", [line], x_label="step", y_range=(0.0, 1.0))
     assert chart
     first, last = chart.lines[0].hover
@@ -252,14 +252,14 @@ def test_chart_puts_points_where_they_belong() -> None:
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-2.0, -2.0], [1e-9, 2e-9], [1e12, 3e12], [-1.0, 1.0]])
 def test_any_range_gives_a_chart(values: list[float]) -> None:
-    chart = line_chart("t", [Series("a", 0, [Point(i, v) for i, v in enumerate(values)])], x_label="step")
+    chart = line_chart("t", [Series("a", 0, [Point(float(i), v) for i, v in enumerate(values)])], x_label="step")
     assert chart
     assert all(math.isfinite(c) for x, y, *_ in chart.lines[0].hover for c in (x, y))
     assert all(chart.top - 0.1 <= y <= chart.bottom + 0.1 for _, y, *_ in chart.lines[0].hover)
 
 
 def test_thin_keeps_the_mean() -> None:
-    long = [Point(i, float(i)) for i in range(1000)]
+    long = [Point(float(i), float(i)) for i in range(1000)]
     assert len(thin(long, 100)) == 100
     assert sum(p.y for p in thin(long, 100)) / 100 == pytest.approx(499.5)
 

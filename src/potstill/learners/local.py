@@ -35,7 +35,9 @@ class LocalPolicy:
         device = self._model.device
         width = max(len(p) for p in self._batch.prompt_ids)
         pads = [width - len(p) for p in self._batch.prompt_ids]
-        prompts = torch.tensor([[0] * n + list(p) for n, p in zip(pads, self._batch.prompt_ids, strict=True)], device=device)
+        prompts = torch.tensor(
+            [[0] * n + list(p) for n, p in zip(pads, self._batch.prompt_ids, strict=True)], device=device
+        )
         ids = torch.cat([prompts, self._batch.labels], 1)
         column = torch.arange(ids.shape[1], device=device)
         start = torch.tensor(pads, device=device)[:, None]
@@ -75,15 +77,18 @@ class LocalPolicy:
 class LocalLearner:
     """Trains `loaded.model` in place. With LoRA only the adapter moves, and the reference is the model without it."""
 
-    def __init__(self, loaded: Loaded, config: LearnerConfig, *, steps: int, seed: int, reference: bool, lora: LoRA | None):
+    def __init__(
+        self, loaded: Loaded, config: LearnerConfig, *, steps: int, seed: int, reference: bool, lora: LoRA | None
+    ):
         self.tokens, self.config, self.steps, self.seed = loaded.tokens, config, steps, seed
         self.model, self.lora = loaded.model, lora
+        self._base: Context  # what to enter for the reference
         if lora:
             self.model = _adapted(loaded.model, lora, derive(seed, "lora"))
             self._initial, self._base = self.model, self.model.disable_adapter
         else:
             self._initial = copy.deepcopy(loaded.model) if reference else None
-            self._base: Context = contextlib.nullcontext
+            self._base = contextlib.nullcontext
             self.model.requires_grad_(True)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -125,7 +130,9 @@ class LocalLearner:
             for name, value in seen.items():
                 join = max if name.endswith("_max") else float.__add__
                 metrics[name] = join(metrics.get(name, 0.0), value.item())
-        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.config.clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.optimizer.param_groups[0]["params"], self.config.clip or float("inf")
+        )
         metrics |= {"grad_norm": norm.item(), "lr": self.rate(step), "trained_tokens": n_tokens}
         for name in ("loss", "grad_norm"):
             if not torch.isfinite(torch.tensor(metrics[name])):
@@ -201,5 +208,8 @@ def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
     torch.manual_seed(seed)  # peft draws A from torch's own generator
     targets = list(lora.modules) if lora.modules else "all-linear"
     return get_peft_model(
-        model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+        model,
+        LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        ),
     )

@@ -144,7 +144,7 @@ def line_chart(
     inside = [t for t in ticks(x_low, x_high, about=5) if x_low <= t <= x_high]
     return Chart(
         title, unit, x_label, width, height, left, right, top, bottom,
-        [Tick(place(t, 0)[0], short(t)) for t in inside],
+        [Tick(place(t, 0.0)[0], short(t)) for t in inside],
         [Tick(place(x_low, t)[1], tick(t)) for t in y_at],
         lines, note, f"{title} against {x_label}: {told}.",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from potstill.report.numbers import finite, percent, quantile, short
+from potstill.report.numbers import finite, percent, quantile, round_up, short
 from potstill.run import Row, Run
 
 SHADES = 8
@@ -132,6 +132,13 @@ class Inside:
     kept: list[Kept]
 
     @property
+    def words(self) -> str:
+        """What the second colour scale means."""
+        if not self.credit or self.credit.name == "divergence":
+            return "divergence: how far the student is from the teacher"
+        return "advantage: write this more often (blue)" + (" or less often (red)" if self.credit.signed else "")
+
+    @property
     def has_chunks(self) -> bool:
         """Whether any rollout that is shown was audited."""
         return any(sheet.chunks for kept in self.kept for sheet in kept.sheets)
@@ -170,16 +177,16 @@ def per_token(row: Row, name: str) -> list[float | None]:
     return [finite(value) for value in values]  # pyright: ignore[reportUnknownVariableType]
 
 
-def _scale(rows: Sequence[Row], name: str, unit: str, *, signed: bool = False) -> Scale:
+def _scale(rows: Sequence[Row], name: str, unit: str) -> Scale:
     """A scale whose last shade begins at the 98th percentile, so that one outlier cannot bleach the page."""
-    sizes = [abs(v) for row in rows for v in per_token(row, name) if v]
-    return Scale(name, unit, float(f"{quantile(sizes, 0.98):.2g}"), signed)
+    values = [v for row in rows for v in per_token(row, name) if v]
+    return Scale(name, unit, round_up(quantile(map(abs, values), 0.98)), signed=any(v < 0 for v in values))
 
 
 def credit_scale(rows: Sequence[Row]) -> Scale | None:
     """What the teacher's signal was, token by token: the advantage, else the divergence, where a run has one."""
-    for name, unit, signed in (("advantage", "", True), ("divergence", "nats", False)):
-        scale = _scale(rows, name, unit, signed=signed)
+    for name, unit in (("advantage", ""), ("divergence", "nats")):
+        scale = _scale(rows, name, unit)
         if scale.top:
             return scale
     return None

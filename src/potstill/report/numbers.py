@@ -14,7 +14,7 @@ def finite(value: Any) -> float | None:
     return None
 
 
-def short(value: float) -> str:
+def short(value: float | int) -> str:
     """Three significant digits: 0.0312, 4.2, 812, 12.4k, 3.1M."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
@@ -29,17 +29,17 @@ def short(value: float) -> str:
     return f"{value:.3g}".replace("-", MINUS)
 
 
-def percent(value: float) -> str:
+def percent(value: float | int) -> str:
     """A fraction as a percentage with one decimal: 0.125 -> 12.5 %."""
     return f"{100 * value:.1f} %".replace("-", MINUS)
 
 
-def points(value: float) -> str:
+def points(value: float | int) -> str:
     """A difference of two fractions, signed, in percentage points: 0.775 -> +77.5."""
     return f"{100 * value:+.1f}".replace("-", MINUS)
 
 
-def count(value: float) -> str:
+def count(value: float | int) -> str:
     """A whole number with separators: 1234567 -> 1,234,567."""
     return f"{value:,.0f}".replace("-", MINUS)
 
@@ -57,3 +57,11 @@ def quantile(values: Iterable[float], q: float) -> float:
     """The q-quantile (nearest rank below), 0 for none: robust ends of a colour scale."""
     ordered = sorted(values)
     return ordered[int(q * (len(ordered) - 1))] if ordered else 0.0
+
+
+def round_up(value: float) -> float:
+    """The next number whose quarters are short: 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6 or 8 times a power of ten; 0 for 0."""
+    if value <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return float(f"{next(s * power for s in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if s * power >= value * 0.999):.3g}")

@@ -123,7 +123,7 @@ def _sentence(name: str, change: Change, cpu_seconds: float | None, written: flo
     if cpu_seconds is not None:
         text += f", for {short(cpu_seconds)} CPU seconds"
     if written:
-        text += f" and {count(written)} words' worth of tokens written by the teacher".replace("words' worth of ", "")
+        text += f" and {count(written)} tokens written by the teacher"
     return f"With {name}, the share of right answers {text}."
 
 

@@ -24,7 +24,9 @@ SLACK = 1.5
 class HFTeacher:
     """Scores and continues with one model. `share` off reads every prefix anew: slow, and the reference for tests."""
 
-    def __init__(self, loaded: Loaded, student: Tokens, *, decoding: Decoding, text_only: bool = False, share: bool = True):
+    def __init__(
+        self, loaded: Loaded, student: Tokens, *, decoding: Decoding, text_only: bool = False, share: bool = True
+    ):
         self.name = loaded.tokens.name
         self.loaded, self.student, self.how, self.share = loaded, student, decoding, share
         self.foreign = text_only or same_tokenizer(student, loaded.tokens) is not None
@@ -54,7 +56,9 @@ class HFTeacher:
             device = self.loaded.device
             shortest = min(len(p) for p in prompts)
             keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
-            logits = self.loaded.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
+            logits = self.loaded.model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
+            ).logits
             for i, (ask, prompt) in enumerate(zip(group, prompts, strict=True)):
                 first = len(prompt) - shortest + ask.start  # this row predicts response[ask.start]
                 length = len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length
@@ -82,10 +86,10 @@ class HFTeacher:
         tokenizer = self.loaded.tokens.tokenizer
         prefixes = [self._prefix(a) for a in asks]
         trunks: list[tuple[int, ...]] = []
-        place: dict[tuple[str, int], int] = {}
+        place: dict[tuple[str | int, ...], int] = {}
         rows: list[Row] = []
         for ask, prefix in zip(asks, prefixes, strict=True):
-            key = ask.rollout.key if self.share else (*ask.key, "alone")
+            key = ask.rollout.key if self.share else ask.key
             if key not in place:
                 place[key] = len(trunks)
                 trunks.append(prefix)
@@ -96,7 +100,12 @@ class HFTeacher:
                 rows.append(Row(trunk=place[key], prefix=prefix, limit=self._limit(ask), seed=seed))
         written = iter(
             write(
-                self.loaded.model, trunks, rows, vocab=self.loaded.tokens.vocab, eos=self.loaded.tokens.eos, how=self.how
+                self.loaded.model,
+                trunks,
+                rows,
+                vocab=self.loaded.tokens.vocab,
+                eos=self.loaded.tokens.eos,
+                how=self.how,
             )
         )
         out: list[Feedback] = []
@@ -146,5 +155,3 @@ def _scores(teacher: str, ask: Ask, logp: torch.Tensor, read: int) -> Feedback:
     if ask.wants is Wants.FULL:
         known |= {"logp": logp.numpy().astype(np.float32)}
     return Feedback(**known)
-
-

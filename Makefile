@@ -1,0 +1,38 @@
+# `make demo` and `make test` set up all they need: Python 3.11 and a C compiler are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow test-gpu check models clean help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/run ## Distil the bundled student twice and write a page about it
+	$(BIN)/potstill demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/dev ## Lint, types and the fast tests (under 5 minutes on two cores)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow and not gpu" -n 2
+
+test-slow: $(VENV)/dev ## Tests that train models
+	$(BIN)/pytest -m "slow"
+
+test-gpu: $(VENV)/dev ## Tests that need a GPU
+	$(BIN)/pytest -m gpu
+
+models: $(VENV)/dev ## Fetch the real models of recipes/smollm2.toml
+	$(BIN)/python tools/fetch_models.py
+
+clean: ## Remove the environment and all caches, keep runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

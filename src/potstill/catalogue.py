@@ -1,0 +1,73 @@
+"""What a method is, read from its source and not by importing it: the docstring with the equation, and the fields.
+
+So `potstill methods` needs no torch, and the documentation cannot differ from the file.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from potstill.errors import ConfigError, did_you_mean
+from potstill.registry import methods
+
+
+@dataclass(frozen=True, slots=True)
+class FieldOf:
+    """A field of a method: its type and default as written, and what it does."""
+
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A method as its file describes it."""
+
+    name: str
+    equation: str
+    """The docstring of the file."""
+    summary: str
+    """The docstring of the class."""
+    fields: tuple[FieldOf, ...]
+
+
+def describe(name: str) -> Described:
+    """A method by name. Raises ConfigError for an unknown one."""
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"there is no method {name!r}{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
+    module, _, class_name = known[name].partition(":")
+    tree = ast.parse(_source(module))
+    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    return Described(name, ast.get_docstring(tree) or "", ast.get_docstring(cls) or "", tuple(_fields(cls)))
+
+
+def _source(module: str) -> str:
+    parent, _, leaf = module.rpartition(".")  # find_spec(module) would import the parent package, and with it torch
+    folder = importlib.util.find_spec(parent)
+    assert folder and folder.submodule_search_locations
+    return (Path(folder.submodule_search_locations[0]) / f"{leaf}.py").read_text(encoding="utf-8")
+
+
+def _fields(cls: ast.ClassDef) -> Iterator[FieldOf]:
+    for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id != "name":
+            text = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = " ".join(str(after.value.value).split())
+            yield FieldOf(node.target.id, ast.unparse(node.annotation), _default(node.value), text)
+
+
+def _default(value: ast.expr | None) -> str:
+    """`Field(1.0, ge=0)` -> "1.0  (ge=0)"."""
+    if value is None:
+        return "required"
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Field":
+        default = ast.unparse(value.args[0]) if value.args else "required"
+        limits = ", ".join(f"{k.arg}={ast.unparse(k.value)}" for k in value.keywords)
+        return f"{default}  ({limits})" if limits else default
+    return ast.unparse(value)

@@ -1,0 +1,244 @@
+"""The command line: one verb per job. Exit codes: 0 done, 1 our fault, 2 yours, 130 interrupted.
+
+Heavy modules are imported inside the verbs, so that --help, methods and report start without torch.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from potstill.errors import ConfigError, PotstillError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation: a small student learns on what it writes itself, corrected by a teacher.",
+)
+lab_app = typer.Typer(no_args_is_help=True, help="The bundled models.")
+app.add_typer(lab_app, name="lab")
+out = Console()
+
+Recipe = Annotated[str, typer.Argument(help="A TOML file, or a recipe that comes with potstill.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.lr=1e-4", show_default=False)]
+Root = Annotated[Path, typer.Option(help="Folder of the runs.")]
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the demo; must not exist.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of both runs.")] = 0,
+) -> None:
+    """Distil the bundled student with opd and with omniopd, and show what happened."""
+    from potstill.demo import run
+
+    run(out_dir, seed, out)
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check a recipe without loading a weight, and print every field as understood."""
+    from potstill import build, config
+
+    parsed, _ = config.read(recipe, overrides or [])
+    build.check(parsed)
+    out.print_json(parsed.model_dump_json())
+    out.print(f"[green]{escape(recipe)} can run.[/green]")
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    root: Root = Path("runs"),
+) -> None:
+    """Train a student as the recipe says."""
+    from potstill import config, loop, progress
+
+    parsed, text = config.read(recipe, overrides or [])
+    with progress.Bar(out, parsed.steps) as bar:
+        run = loop.train(parsed, root, text=text, resume=resume, watch=bar)
+    last = run.evals[-1]["step"]
+    out.print(progress.evaluations([row for row in run.evals if row["step"] in (0, last)], str(run.path)))
+    out.print(f"Look inside: potstill report {run.path}")
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a checkpoint, a model folder, a hub name or lab/NAME.")],
+    task: Annotated[
+        str | None, typer.Option(help="A task's kind, or a recipe that has one; a run knows its own.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the task: name=chain_sum", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    questions: Annotated[int, typer.Option(min=1)] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per question: k.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the row instead of a table.")] = False,
+) -> None:
+    """avg@k, pass@k, maj@k and how answers fail, each with its 95 % interval over questions."""
+    import asyncio
+
+    from potstill import build, models, progress
+    from potstill.evaluate import evaluate as ask
+
+    path, questioner = _checkpoint(checkpoint, task, overrides or [])
+    if split not in ("validation", "test"):
+        raise ConfigError(f"--split {split!r}: there are validation and test. Training prompts are never evaluated on")
+    asked = questioner.questions(split, questions)
+    loaded = models.load(path, device=build.device("auto"))
+    row, _ = asyncio.run(
+        ask(loaded, asked, questioner.verifier(), name="greedy" if temperature == 0 else "sampled", samples=samples,
+            temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    )  # fmt: skip
+    if as_json:
+        out.print_json(json.dumps(row | {"split": split, "checkpoint": checkpoint}))
+    else:
+        out.print(progress.evaluations([row], f"{checkpoint} on {split}"))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name or lab/NAME.")],
+    prompts: Annotated[list[str], typer.Argument(help="What to answer.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Answers to each.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write answers to prompts."""
+    import asyncio
+
+    from potstill import build, models
+    from potstill.decode import Decoding
+    from potstill.samplers.hf import HFSampler
+    from potstill.types import Prompt
+
+    path, _ = _checkpoint(model, "none", [])
+    loaded = models.load(path, device=build.device("auto"))
+    sampler = HFSampler(loaded, max_tokens=max_tokens, decoding=Decoding(temperature=temperature, top_p=top_p))
+    asked = [Prompt(id=p, messages=({"role": "user", "content": p},)) for p in prompts]
+    for group in asyncio.run(sampler.sample(asked, n, seed=seed, step=0)):
+        for rollout in group:
+            out.print(rollout.prompt.id, style="bold", end=" ", markup=False, highlight=False)
+            out.print(rollout.text(), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or a folder made by the demo.")],
+    to: Annotated[
+        Path | None, typer.Option("--out", help="The page; default: report.html in the first folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained page about runs: curves, tables, and rollouts to look into."""
+    from potstill.report import write
+    from potstill.run import Run
+
+    summary = None
+    folders = list(runs)
+    if len(runs) == 1 and (runs[0] / "summary.json").is_file():
+        summary = json.loads((runs[0] / "summary.json").read_text(encoding="utf-8"))
+        folders = [runs[0] / method["run"] for method in summary["methods"].values()]
+    page = to or runs[0] / "report.html"
+    write(page, [Run.open(folder) for folder in folders], summary=summary)
+    out.print(f"Wrote {page}")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One of them, in full.")] = None) -> None:
+    """List the methods, or show one: its equation and its fields."""
+    from potstill import catalogue, registry
+
+    if name is None:
+        table = Table("method", "what it does")
+        for known in registry.methods():
+            table.add_row(known, catalogue.describe(known).summary)
+        out.print(table)
+        out.print("One in full: potstill methods NAME")
+        return
+    method = catalogue.describe(name)
+    out.print(method.equation, markup=False, highlight=False)
+    table = Table("field", "type", "default", "meaning", title=f'[method] name = "{name}"')
+    for field in method.fields:
+        table.add_row(field.name, escape(field.type), escape(field.default), escape(field.text))
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and what is missing for which feature."""
+    from potstill.doctor import findings
+
+    table = Table("", "what", "found", "what to do")
+    worst = False
+    for ok, what, found, remedy in findings():
+        worst |= ok is False
+        table.add_row({True: "[green]ok[/]", False: "[red]no[/]", None: "-"}[ok], what, escape(found), escape(remedy))
+    out.print(table)
+    if worst:
+        raise typer.Exit(2)
+
+
+@lab_app.command(name="build")
+def lab_build(
+    to: Annotated[Path, typer.Option("--out", help="Folder of the models; must not exist.")] = Path("models/lab"),
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the bundled teacher, student and foreign teacher again."""
+    from potstill.lab.build import build
+
+    build(to, seed, log=lambda line: out.print(line, markup=False, highlight=False))
+
+
+def _checkpoint(path: str, task: str | None, overrides: Sequence[str]) -> tuple[str, Any]:
+    """A model's path and its task. A run stands for its latest checkpoint and knows its own task."""
+    from potstill import config, registry
+    from potstill.run import Run
+    from potstill.tasks import TASKS
+
+    raw: dict[str, Any] = {}
+    if (Path(path) / "resolved.json").is_file():
+        run = Run.open(Path(path))
+        latest = run.latest()
+        if latest is None:
+            raise ConfigError(
+                f"{path} has no checkpoint yet, so there is no model to use. Let it reach save.every steps"
+            )
+        path, raw = str(latest[1]), run.resolved["task"]
+    if task == "none":
+        return path, None
+    if task is not None:
+        known = task in TASKS
+        raw = {"kind": task} if known else config.read(task)[0].task.model_dump(mode="json")
+    if not raw:
+        raise ConfigError(
+            f"{path} is no run, so it does not say which questions to ask. "
+            f"Add --task KIND ({', '.join(TASKS)}) or --task RECIPE.toml"
+        )
+    return path, config.parse_part(registry.task_class(raw["kind"]), raw, overrides, "task")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit. The user's mistakes are one message; ours keep their traceback."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small models on a shared CPU, two threads are slower than one
+    try:
+        app(arguments, prog_name="potstill")
+    except PotstillError as error:
+        Console(stderr=True).print(f"[bold red]potstill:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
