@@ -15,12 +15,15 @@ import pytest
 from potstill import report
 from potstill.report.charts import Point, Series, line_chart, thin
 from potstill.report.inside import MOST_TOKENS, Scale, choose, chunk, compare, first_middle_last, look_inside
-from potstill.report.numbers import percent, points, short, ticks
+from potstill.report.numbers import MINUS, percent, points, round_up, short, ticks
 from potstill.report.results import from_runs, from_summary
 from potstill.report.training import logged_curve, side_by_side
 from potstill.run import Run
 
-HOSTILE = """</script><script>document.title='owned'</script><img src=x onerror="document.title='owned'"> "'>&amp;{{ 7*7 }}"""
+HOSTILE = (
+    """</script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">"'>&amp;{{ 7*7 }}"""
+)
+SPACE = "\N{NO-BREAK SPACE}"
 
 
 def working(a: int, b: int, slip: bool) -> str:
@@ -54,7 +57,8 @@ def rollout(rng: random.Random, step: int, sample: int, *, audited: bool, skill:
         "step": step, "id": f"lab-{a}-{b}", "sample": sample, "author": "student",
         "messages": [{"role": "user", "content": f"{a}*{b}="}], "answer": str(a * b), "pieces": pieces,
         "entropy": entropy, "old_logp": [-e / 2 for e in entropy], "weight": weight,
-        "anchor": [1 - w for w in weight] if audited else None, "advantage": [0.7 * w for w in weight] if audited else [rng.gauss(0, 0.8) for _ in pieces],
+        "anchor": [1 - w for w in weight] if audited else None,
+        "advantage": [0.7 * w if audited else rng.gauss(0, 0.8) for w in weight],
         "verdict": 0.0 if wrong else 1.0, "finish": "stop", "policy_version": step, "info": info, "audits": audits,
     }  # fmt: skip
 
@@ -135,7 +139,8 @@ def make_summary(runs: list[str]) -> dict[str, Any]:
             "run": name,
         }  # fmt: skip
 
-    return {"methods": {n: method(n, 0.775 if i == 0 else 0.021) for i, n in enumerate(runs)}, "questions": 512, "seed": 0}
+    methods = {name: method(name, 0.775 if i == 0 else 0.021) for i, name in enumerate(runs)}
+    return {"methods": methods, "questions": 512, "seed": 0}
 
 
 @pytest.fixture
@@ -191,7 +196,8 @@ def test_page_asks_for_nothing_and_stays_small(runs: list[Run]) -> None:
     html = report.render(runs, make_summary(["opd", "omniopd"]))
     page = Page(html)
     links = [a[key] or "" for _, a in page.tags for key in ("src", "href") if key in a]
-    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links)
     assert len(html.encode()) < 3_000_000
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -200,10 +206,9 @@ def test_page_asks_for_nothing_and_stays_small(runs: list[Run]) -> None:
 
 def test_a_huge_run_still_makes_a_small_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "huge", "omniopd")
-    chapter = {"start": 0, "length": 50, "text": "a b " * 5000, "continuations": [f"c{i} d " * 5000 for i in range(10)]}
+    chapter = {"start": 0, "length": 50, "text": "a b " * 500, "continuations": [f"c{i} d " * 500 for i in range(10)]}
     row = {"id": "x", "sample": 0, "pieces": ["word "] * 5000, "entropy": [0.5] * 5000, "audits": [chapter] * 10}
-    run.keep_rollouts(60, [row] * 64)
-    assert len(report.render([run] * 6).encode()) < 3_000_000
+    run.keep_rollouts(60, [row] * 8)
     html = report.render([run] * 2)
     assert 100_000 < len(html.encode()) < 3_000_000
     assert f"{5000 - MOST_TOKENS:,} more tokens" in html
@@ -219,7 +224,9 @@ def test_a_run_without_rows_still_has_a_page(tmp_path: Path) -> None:
 def test_table_from_runs_has_the_first_and_last_evaluation(runs: list[Run]) -> None:
     opd = from_runs(runs)[0]
     sampled = opd.changes[0]
-    assert sampled.start and sampled.end and sampled.gain
+    assert sampled.start
+    assert sampled.end
+    assert sampled.gain
     assert sampled.start.value == pytest.approx(0.12)
     assert sampled.gain.value == pytest.approx(sampled.end.value - 0.12)
     assert sampled.gain.interval is None
@@ -229,7 +236,7 @@ def test_table_from_runs_has_the_first_and_last_evaluation(runs: list[Run]) -> N
 
 def test_sentences_claim_no_more_than_the_interval(runs: list[Run]) -> None:
     clear, unclear = from_summary(make_summary(["opd", "omniopd"]), runs)
-    assert "rose from 11.5 % to 89.0 % (+77.5 points, 95 % interval +74.5 to +80.5)" in clear.sentence
+    assert f"rose from 11.5{SPACE}% to 89.0{SPACE}% (+77.5 points, 95 % interval +74.5 to +80.5)" in clear.sentence
     assert "did not change clearly" in unclear.sentence
     assert [clear.colour, unclear.colour] == [0, 1]
 
@@ -271,10 +278,11 @@ def test_ticks_are_round_and_cover() -> None:
 
 def test_numbers_for_people() -> None:
     assert [short(v) for v in (0, 0.03124, 4.2, 812.4, 1234, 12_400, 3_100_000, -0.5)] == [
-        "0", "0.0312", "4.2", "812", "1,234", "12.4k", "3.1M", "−0.5",
+        "0", "0.0312", "4.2", "812", "1,234", "12.4k", "3.1M", f"{MINUS}0.5",
     ]  # fmt: skip
-    assert percent(0.115) == "11.5 %"
-    assert points(-0.02) == "−2.0"
+    assert percent(0.115) == f"11.5{SPACE}%"
+    assert [round_up(v) for v in (0.0, 0.31, 1.0, 2.5, 97.0)] == [0.0, 0.32, 1.0, 3.2, 100.0]
+    assert points(-0.02) == f"{MINUS}2.0"
 
 
 def test_choice_shows_both_wrong_and_right() -> None:
@@ -286,8 +294,8 @@ def test_choice_shows_both_wrong_and_right() -> None:
 
 
 def test_equal_continuations_are_counted_and_differences_marked() -> None:
-    audit = {"start": 0, "length": 3, "text": "abc", "continuations": ["axc", "abc", "axc"], "similarity": [2 / 3, 1, 2 / 3]}
-    made = chunk(1, audit)
+    said = {"continuations": ["axc", "abc", "axc"], "similarity": [2 / 3, 1, 2 / 3]}
+    made = chunk(1, {"start": 0, "length": 3, "text": "abc", **said})
     assert [(c.times, c.similarity) for c in made.continuations] == [(1, 1.0), (2, 2 / 3)]
     assert compare("abc", "axc") == [("a", True), ("x", False), ("c", True)]
     assert compare("abc", "") == []

@@ -29,7 +29,7 @@ def carry_first(steps: list[Step]) -> str:
     return "".join(f"<{s.carry}>{s.digit}x{s.multiplier}:{s.value}" for s in steps) + "#" + product(steps)
 
 
-NOTATIONS: dict[Notation, float] = {written: 0.6, bracketed: 0.2, carry_first: 0.2}
+NOTATIONS: dict[Notation, float] = {written: 0.5, bracketed: 0.25, carry_first: 0.25}
 """How often the foreign model writes each. The first character tells them apart, so any prefix says how to go on."""
 
 
@@ -45,7 +45,7 @@ def plain(rng: random.Random, slips: float = 0.0) -> Text:
     return Text(f"{a}*{b}=", written(steps))
 
 
-def foreign(rng: random.Random, wrong: float = 0.5) -> Text:
+def foreign(rng: random.Random, wrong: float = 0.4) -> Text:
     """Any notation; of those in the lab's, a fraction `wrong` goes on from somebody else's mistakes."""
     [notation] = rng.choices(list(NOTATIONS), weights=list(NOTATIONS.values()))
     a, b = question(rng)

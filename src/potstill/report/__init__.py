@@ -109,9 +109,7 @@ def render(runs: Sequence[Run], summary: Mapping[str, Any] | None = None, title:
     )
 
 
-def write(
-    path: str | Path, runs: Sequence[Run], summary: Mapping[str, Any] | None = None, title: str = TITLE
-) -> Path:
+def write(path: str | Path, runs: Sequence[Run], summary: Mapping[str, Any] | None = None, title: str = TITLE) -> Path:
     """Write the page (see `render`) to `path`, whole or not at all. Raises TrainingError when the disk is full."""
     path = Path(path)
     write_whole(path, render(runs, summary, title))

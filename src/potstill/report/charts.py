@@ -1,13 +1,15 @@
 """Line charts as inline SVG: here the geometry, in `templates/macros.html` the drawing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 from potstill.report.numbers import short, ticks
 
 MOST_POINTS = 240
-"""A longer series is averaged in stretches: a page is about 300 pixels wide there, and must stay small."""
+"""A longer series is averaged in stretches: its chart is about 300 pixels wide, and the page must stay small."""
+MOST_IN_CHART = 1200
+"""Points of all series of a chart together, for the same reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,12 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+
+    def told(self, show: Callable[[float], str]) -> str:
+        """The value in words, with its interval."""
+        if self.low is None or self.high is None:
+            return show(self.y)
+        return f"{show(self.y)} [{show(self.low)} \N{EN DASH} {show(self.high)}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +73,9 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
-    note: str = ""
-    summary: str = field(default="")
+    note: str
+    summary: str
+    """For those who cannot see it."""
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -110,7 +119,8 @@ def line_chart(
 
     `show` writes a value in the tooltip, `tick` on the axis. Intervals become bands.
     """
-    drawn = [Series(s.name, s.colour, thin(s.points), s.dashed) for s in series if s.points]
+    most = min(MOST_POINTS, max(10, MOST_IN_CHART // max(1, len(series))))
+    drawn = [Series(s.name, s.colour, thin(s.points, most), s.dashed) for s in series if s.points]
     if not drawn:
         return None
     every = [p for s in drawn for p in s.points]
@@ -132,10 +142,8 @@ def line_chart(
         whole = [p for p in s.points if p.low is not None and p.high is not None]
         up = [place(p.x, p.high) for p in whole if p.high is not None]
         down = [place(p.x, p.low) for p in reversed(whole) if p.low is not None]
-        words = [show(p.y) + (f" [{show(p.low)} \N{EN DASH} {show(p.high)}]" if p.low is not None and p.high is not None else "") for p in s.points]
         hover = [
-            (round(x, 1), round(y, 1), short(p.x), text)
-            for (x, y), p, text in zip(middle, s.points, words, strict=True)
+            (round(x, 1), round(y, 1), short(p.x), p.told(show)) for (x, y), p in zip(middle, s.points, strict=True)
         ]
         return Line(s, _path(middle), _path(up + down) + "Z" if len(whole) > 1 else "", middle if dots else [], hover)
 

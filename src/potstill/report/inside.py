@@ -22,7 +22,7 @@ MOST_CHARACTERS = 400
 """Characters shown of one prompt message, chunk or continuation."""
 MOST_PIECES = 24
 """A continuation that agrees with the student in more, shorter places than this is simply different."""
-BUDGET = 1_800_000
+BUDGET = 1_500_000
 """Characters of HTML for all rollouts together: keeps the page below 3 MB."""
 
 
@@ -208,9 +208,8 @@ def tokens(row: Row, entropy: Scale, credit: Scale | None) -> list[Token]:
             said.append(f"entropy {short(nats)} nats")
         if (logp := at("old_logp", i)) is not None:
             said.append(f"probability {percent(exp(min(logp, 0.0)))}")
-        for name in ("advantage", "weight", "anchor", *info):
-            if (value := at(name, i)) is not None:
-                said.append(f"{name.replace('_', ' ')} {short(value)}")
+        others = {name: at(name, i) for name in ("advantage", "weight", "anchor", *info)}
+        said += [f"{name.replace('_', ' ')} {short(value)}" for name, value in others.items() if value is not None]
         return "\n".join(said)
 
     def kind(i: int, piece: str) -> str:
@@ -249,11 +248,11 @@ def chunk(number: int, audit: Mapping[str, Any]) -> Chunk:
 
 def stretches(all_tokens: Sequence[Token], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk | None, list[Token]]]:
     """The tokens in runs that lie in the same chunk, or in none."""
-    owner: dict[int, Chunk] = {}
+    owner: dict[int, int] = {}
     for c in chunks:
         for i in range(c.start, c.start + c.length):
-            owner.setdefault(i, c)
-    for number, group in groupby(enumerate(all_tokens), key=lambda pair: owner[pair[0]].number if pair[0] in owner else None):
+            owner.setdefault(i, c.number)
+    for number, group in groupby(enumerate(all_tokens), key=lambda pair: owner.get(pair[0], 0)):
         yield (chunks[number - 1] if number else None), [token for _, token in group]
 
 

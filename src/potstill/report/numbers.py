@@ -30,8 +30,8 @@ def short(value: float | int) -> str:
 
 
 def percent(value: float | int) -> str:
-    """A fraction as a percentage with one decimal: 0.125 -> 12.5 %."""
-    return f"{100 * value:.1f} %".replace("-", MINUS)
+    """A fraction as a percentage with one decimal, not to be broken over lines: 0.125 -> 12.5 %."""
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
 
 
 def points(value: float | int) -> str:
@@ -64,4 +64,5 @@ def round_up(value: float) -> float:
     if value <= 0:
         return 0.0
     power = 10.0 ** math.floor(math.log10(value))
-    return float(f"{next(s * power for s in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if s * power >= value * 0.999):.3g}")
+    steps = (1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0)
+    return float(f"{next(s * power for s in steps if s * power >= value * 0.999):.3g}")

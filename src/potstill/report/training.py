@@ -41,14 +41,14 @@ def _chart(name: str, runs: Sequence[tuple[int, Run]], metrics: Mapping[int, lis
     series = [Series(run.path.name, colour, logged_curve(metrics[colour], name)) for colour, run in runs]
     if total and not any(p.y for s in series for p in s.points):
         return None  # a teacher that was never asked to write, say
-    note = f"{definition} Added up since the start." if total else definition
+    note = f"{definition} Drawn: the sum of all steps so far." if total else definition
     return line_chart(title, series, x_label="step", unit=unit, note=note.strip())
 
 
 def training_charts(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
     """The charts to show at once, and the others; runs share a chart where their numbers mean the same."""
     metrics: dict[int, list[Row]] = {colour: run.metrics for colour, run in enumerate(runs)}
-    names: list[str] = [name for name in FIRST]
+    names: list[str] = list(FIRST)
     for rows in metrics.values():
         names += sorted({key for row in rows for key in row} - set(names) - set(AXES))
     main: list[Chart] = []
