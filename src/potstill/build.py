@@ -61,7 +61,7 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
         teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
         if method.wants > Wants.TEXT:
             models.check_shared(student, teacher)
-    questions = task.questions(config.eval.split, config.eval.questions)
+    questions = task.questions(config.eval.split, config.eval.questions) if config.eval.questions else []
     for prompt in [*questions, *task.draw(config.seed, 1, config.rollouts.prompts)]:
         prompt_within(student, prompt, config.rollouts.max_tokens)
     return student, questions

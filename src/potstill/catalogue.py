@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from potstill.errors import ConfigError, did_you_mean
+from potstill.errors import ConfigError, unknown
 from potstill.registry import methods
 
 
@@ -39,7 +39,7 @@ def describe(name: str) -> Described:
     """A method by name. Raises ConfigError for an unknown one."""
     known = methods()
     if name not in known:
-        raise ConfigError(f"there is no method {name!r}{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
+        raise ConfigError(unknown("method", name, known))
     module, _, class_name = known[name].partition(":")
     tree = ast.parse(_source(module))
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)

@@ -67,8 +67,8 @@ def train(
     parsed, text = config.read(recipe, overrides or [])
     with progress.Bar(out, parsed.steps) as bar:
         run = loop.train(parsed, root, text=text, resume=resume, watch=bar)
-    last = run.evals[-1]["step"]
-    out.print(progress.evaluations([row for row in run.evals if row["step"] in (0, last)], str(run.path)))
+    if rows := run.evals:
+        out.print(progress.evaluations([row for row in rows if row["step"] in (0, rows[-1]["step"])], str(run.path)))
     out.print(f"Look inside: potstill report {run.path}")
 
 

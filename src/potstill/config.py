@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
 from potstill import registry
-from potstill.errors import ConfigError, did_you_mean
+from potstill.errors import ConfigError, unknown
 
 DType = Literal["float32", "bfloat16"]
 
@@ -95,7 +95,8 @@ class Evaluation(Part):
     """Held-out questions, asked before the first step, every so often, and after the last."""
 
     split: Literal["validation", "test"] = "validation"
-    questions: int = Field(256, gt=0)
+    questions: int = Field(256, ge=0)
+    """0: never ask; for data without answers."""
     samples: int = Field(4, gt=0)
     """k of avg@k, pass@k and maj@k, at temperature 1."""
     greedy: bool = True
@@ -147,8 +148,7 @@ def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str
         known = recipes()
         if str(recipe) not in known:
             raise ConfigError(
-                f"there is no recipe {str(recipe)!r}: no such file, and none of that name comes with potstill"
-                f"{did_you_mean(str(recipe), known)} Known: {', '.join(known)}"
+                f"{unknown('recipe', str(recipe), known)}. Give one of these names, or the path of a TOML file"
             )
         path = known[str(recipe)]
     text = path.read_text(encoding="utf-8")
@@ -214,7 +214,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str) -> Itera
         where = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
         if e["type"] == "extra_forbidden":
             fields = _fields_at(cls, e["loc"][:-1])
-            yield f"{where}: no such field{did_you_mean(str(e['loc'][-1]), fields)} Fields: {', '.join(fields)}"
+            yield f"{where}: {unknown('field', str(e['loc'][-1]), fields)}"
         elif e["type"] == "missing":
             yield f"{where}: missing, and it has no default"
         else:

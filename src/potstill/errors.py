@@ -17,9 +17,16 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The middle of a message about an unknown name: "; did you mean 'edit'?", or "." where nothing is near."""
+    """ "did you mean 'edit'? ", or "" where nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def unknown(what: str, word: str, known: Iterable[str]) -> str:
+    """ "there is no method 'odp'; did you mean 'opd'? There are: omniopd, opd" """
+    names = sorted(known)
+    near = did_you_mean(word, names)
+    return f"there is no {what} {word!r}{'; ' + near if near else '. '}There are: {', '.join(names)}"
 
 
 class PotstillError(Exception):

@@ -85,7 +85,7 @@ async def _step(config: Config, parts: Parts, step: int, clock: "Clock") -> tupl
     method, began = parts.method, clock.now()
     prompts = parts.task.draw(config.seed, step, config.rollouts.prompts)
     groups = await parts.sampler.sample(prompts, config.rollouts.group, seed=config.seed, step=step)
-    groups = [[replace(r, policy_version=step - 1, verdict=parts.verifier(r)) for r in group] for group in groups]
+    groups = [[_judged(parts, r, step) for r in group] for group in groups]
     sampled = clock.now()
     asks = [ask for group in groups for r in group for ask in method.asks(r)]
     said = await _ask(parts, asks)
@@ -98,15 +98,16 @@ async def _step(config: Config, parts: Parts, step: int, clock: "Clock") -> tupl
         )
     learnt = parts.learner.step(targets, method, step)
     clock.add(clock.now() - began)
-    row = {
-        "step": step,
-        **learnt,
-        **info_means(targets),
-        **_rollout_means([r for g in groups for r in g]),
-        **_usage(said),
-    }
+    rollouts = [r for group in groups for r in group]
+    row = {"step": step, **learnt, **info_means(targets), **_rollout_means(rollouts), **_usage(said, rollouts)}
     times = {"time/sample": sampled - began, "time/teacher": taught - sampled, "time/learn": clock.now() - taught}
     return row | {name: round(t, 4) for name, t in times.items()} | {"cpu_s": round(clock.total, 3)}, targets
+
+
+def _judged(parts: Parts, rollout: Rollout, step: int) -> Rollout:
+    """With its verdict, where its prompt has an answer to compare with."""
+    verdict = None if rollout.prompt.answer is None else parts.verifier(rollout)
+    return replace(rollout, policy_version=step - 1, verdict=verdict)
 
 
 async def _ask(parts: Parts, asks: Sequence[Ask]) -> list[Feedback]:
@@ -115,7 +116,7 @@ async def _ask(parts: Parts, asks: Sequence[Ask]) -> list[Feedback]:
 
 async def _evaluate(config: Config, parts: Parts, run: Run, step: int, clock: "Clock", watch: Watcher | None) -> None:
     kinds = [("sampled", config.eval.samples, 1.0)] + [("greedy", 1, 0.0)] * config.eval.greedy
-    for name, samples, temperature in kinds:
+    for name, samples, temperature in kinds if parts.questions else ():
         row, _ = await evaluate(
             parts.learner.loaded,
             parts.questions,
@@ -202,15 +203,16 @@ def _rollout_means(rollouts: Sequence[Rollout]) -> Row:
     row = {
         "tokens": sum(len(r.response_ids) for r in rollouts),
         "length": fmean(len(r.response_ids) for r in rollouts),
-        "verdict": fmean(r.verdict or 0.0 for r in rollouts),
         "truncated": fmean(r.finish == "length" for r in rollouts),
         "repetition": fmean(repetition(r.response_ids) for r in rollouts),
     }
-    return row | ({"entropy": fmean(entropies)} if entropies else {})
+    verdicts = [r.verdict for r in rollouts if r.verdict is not None]
+    known = {"entropy": entropies, "verdict": verdicts}
+    return row | {name: fmean(values) for name, values in known.items() if values}
 
 
-def _usage(said: Sequence[Feedback]) -> Row:
-    total = sum((f.usage for f in said), Usage())
+def _usage(said: Sequence[Feedback], rollouts: Sequence[Rollout]) -> Row:
+    total = sum([f.usage for f in said] + [r.usage for r in rollouts], Usage())
     return {"teacher/read": total.read, "teacher/cached": total.cached, "teacher/written": total.written}
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import ConfigError, did_you_mean
+from potstill.errors import ConfigError, unknown
 from potstill.tasks import TASKS
 
 METHODS = {
@@ -40,7 +40,7 @@ def task_class(kind: str) -> Any:
 
 def _find(what: str, name: str, known: dict[str, str]) -> Any:
     if name not in known:
-        raise ConfigError(f"there is no {what} {name!r}{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
+        raise ConfigError(unknown(what, name, known))
     module, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -55,5 +55,5 @@ def _from_file(name: str) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
-        raise ConfigError(f"{path} has no class {attribute!r}{did_you_mean(attribute, vars(module))}")
+        raise ConfigError(f"in {path}: {unknown('class', attribute, [n for n in vars(module) if n[0].isupper()])}")
     return getattr(module, attribute)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from potstill.errors import ConfigError, did_you_mean
+from potstill.errors import ConfigError, unknown
 
 Similarity = Callable[[str, str], float]
 
@@ -72,5 +72,5 @@ NAMES = tuple(_ALL)
 def get(name: str) -> Similarity:
     """The similarity of that name: `edit`, `rouge1`, `exact`, `token_f1`, `embedding`. Raises ConfigError for another."""
     if name not in _ALL:
-        raise ConfigError(f"there is no similarity {name!r}{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}")
+        raise ConfigError(unknown("similarity", name, NAMES))
     return _ALL[name]

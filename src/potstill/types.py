@@ -47,6 +47,22 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer cost, in teacher tokens."""
+
+    read: int = 0
+    """Logical input: prompt and prefix, once per request."""
+    cached: int = 0
+    """The part of `read` that was served from a shared prefix."""
+    written: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            read=self.read + other.read, cached=self.cached + other.cached, written=self.written + other.written
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One answer to one prompt, token by token, in the student's vocabulary."""
 
@@ -70,6 +86,8 @@ class Rollout:
     """Every random number that concerns this rollout derives from it."""
     verdict: float | None = None
     """The verifier's score, 0 .. 1."""
+    usage: Usage = Usage()
+    """What it cost, where a teacher wrote it."""
 
     def __post_init__(self) -> None:
         for name in ("pieces", "old_logp", "entropy"):
@@ -115,22 +133,6 @@ class Ask:
     def key(self) -> tuple[str, int, int]:
         """Names the question within its step: (prompt id, sample, start)."""
         return *self.rollout.key, self.start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What an answer cost, in teacher tokens."""
-
-    read: int = 0
-    """Logical input: prompt and prefix, once per request."""
-    cached: int = 0
-    """The part of `read` that was served from a shared prefix."""
-    written: int = 0
-
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            read=self.read + other.read, cached=self.cached + other.cached, written=self.written + other.written
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,7 @@ def rollout(rng: random.Random, step: int, sample: int, *, audited: bool, skill:
                 {"start": start, "length": 6, "text": own, "continuations": said, "similarity": like,
                  "k_sem": sum(like), "pi_bar": 0.8, "target": target}
             )  # fmt: skip
-    info = {"agreement": [math.nan] * len(pieces)} if audited else {"divergence": [e * 0.7 for e in entropy]}
+    info = {"agreement": [math.nan] * len(pieces)} if audited else {"teacher_kl": [e * 0.7 for e in entropy]}
     return {
         "step": step, "id": f"lab-{a}-{b}", "sample": sample, "author": "student",
         "messages": [{"role": "user", "content": f"{a}*{b}="}], "answer": str(a * b), "pieces": pieces,
@@ -239,6 +239,16 @@ def test_sentences_claim_no_more_than_the_interval(runs: list[Run]) -> None:
     assert f"rose from 11.5{SPACE}% to 89.0{SPACE}% (+77.5 points, 95 % interval +74.5 to +80.5)" in clear.sentence
     assert "did not change clearly" in unclear.sentence
     assert [clear.colour, unclear.colour] == [0, 1]
+
+
+def test_without_paired_answers_overlapping_intervals_may_be_chance(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "short", config="", resolved={}, env={})
+    for step, value in ((0, 0.2), (4, 0.1)):
+        accuracy = {"value": value, "low": value - 0.08, "high": value + 0.08}
+        run.append("evals", {"step": step, "name": "sampled", "split": "validation", "cpu_s": 0.0, "avg@4": accuracy})
+    [row] = from_runs([run])
+    assert f"went from 20.0{SPACE}% to 10.0{SPACE}%" in row.sentence
+    assert "may be chance" in row.sentence
 
 
 def test_teacher_tokens_are_added_up_and_gaps_left_out() -> None:

@@ -5,7 +5,6 @@ CPU seconds of one thread on one core of an AMD EPYC, default seed: see `models/
 
 import json
 import platform
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -59,6 +59,7 @@ class OPD(Method):
                     weight=torch.ones(len(r.rollout.response_ids)),
                     teacher_ids=ids,
                     teacher_logp=torch.from_numpy(logp),
+                    info={"teacher_kl": torch.tensor(r.rollout.old_logp) - torch.from_numpy(f.sampled)},
                 )
             )
         return out

@@ -70,7 +70,7 @@ def _env(run: Run) -> Row:
 
 
 def render(runs: Sequence[Run], summary: Mapping[str, Any] | None = None, title: str = TITLE) -> str:
-    """The page as HTML, below 3 MB whatever the runs hold.
+    """The page as HTML, below 3 MB for as many as twenty runs of any length.
 
     Args:
         runs: What to show, at least one. Runs that are still going are shown as far as they are.

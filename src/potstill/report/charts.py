@@ -8,7 +8,7 @@ from potstill.report.numbers import short, ticks
 
 MOST_POINTS = 240
 """A longer series is averaged in stretches: its chart is about 300 pixels wide, and the page must stay small."""
-MOST_IN_CHART = 1200
+MOST_IN_CHART = 720
 """Points of all series of a chart together, for the same reason."""
 
 

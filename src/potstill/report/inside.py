@@ -22,7 +22,7 @@ MOST_CHARACTERS = 400
 """Characters shown of one prompt message, chunk or continuation."""
 MOST_PIECES = 24
 """A continuation that agrees with the student in more, shorter places than this is simply different."""
-BUDGET = 1_500_000
+BUDGET = 1_200_000
 """Characters of HTML for all rollouts together: keeps the page below 3 MB."""
 
 
@@ -134,8 +134,8 @@ class Inside:
     @property
     def words(self) -> str:
         """What the second colour scale means."""
-        if not self.credit or self.credit.name == "divergence":
-            return "divergence: how far the student is from the teacher"
+        if not self.credit or self.credit.name == "teacher_kl":
+            return "teacher_kl: likelier to the student than to the teacher (blue), or less likely (red)"
         return "advantage: write this more often (blue)" + (" or less often (red)" if self.credit.signed else "")
 
     @property
@@ -184,8 +184,8 @@ def _scale(rows: Sequence[Row], name: str, unit: str) -> Scale:
 
 
 def credit_scale(rows: Sequence[Row]) -> Scale | None:
-    """What the teacher's signal was, token by token: the advantage, else the divergence, where a run has one."""
-    for name, unit in (("advantage", ""), ("divergence", "nats")):
+    """What the teacher's signal was, token by token: the advantage, else the log-ratio, where a run has one."""
+    for name, unit in (("advantage", ""), ("teacher_kl", "nats")):
         scale = _scale(rows, name, unit)
         if scale.top:
             return scale

@@ -9,6 +9,8 @@ from potstill.report.numbers import count, finite, percent, points, short
 from potstill.run import Row, Run
 
 DECODING = {"sampled": "sampled at temperature 1", "greedy": "greedy (always the likeliest token)"}
+MOST_ROWS = 300
+"""Of the table of evaluations: a long one would make the page large, and nobody reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +113,19 @@ def _sentence(name: str, change: Change, cpu_seconds: float | None, written: flo
     """What happened, in words that claim no more than the interval allows."""
     if change.start is None or change.end is None or change.gain is None:
         return f"{name} has no evaluation at the start and at the end, so nothing can be said about its gain."
-    gain = change.gain
+    gain, start, end = change.gain, change.start.interval, change.end.interval
+    overlap = gain.interval is None and start and end and start[0] <= end[1] and end[0] <= start[1]
     if gain.interval and not gain.clear:
         verb = "did not change clearly"
+    elif overlap:
+        verb = "went"
     else:
         verb = "rose" if gain.value > 0 else "fell" if gain.value < 0 else "stayed the same"
     text = f"{verb} from {percent(change.start.value)} to {percent(change.end.value)} ({points(gain.value)} points"
     if gain.interval:
         text += f", 95 % interval {points(gain.interval[0])} to {points(gain.interval[1])}"
+    if overlap:
+        text += "; the intervals before and after overlap, so this may be chance"
     text += ")"
     if cpu_seconds is not None:
         text += f", for {short(cpu_seconds)} CPU seconds"
@@ -166,9 +173,16 @@ def from_runs(runs: Sequence[Run]) -> list[Result]:
     return rows
 
 
-def behind_curves(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Every evaluation as a table: the names of its measures, and a row an evaluation."""
+def behind_curves(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]], bool]:
+    """The evaluations as a table: the names of the measures, and a row an evaluation, whether it was shortened.
+
+    Above MOST_ROWS it holds only the first and the last step of each run.
+    """
     rows = [(run, row) for run in runs for row in run.evals]
+    shortened = len(rows) > MOST_ROWS
+    if shortened:
+        ends = {run.path: {found[0]["step"], found[-1]["step"]} for run in runs if (found := run.evals)}
+        rows = [(run, row) for run, row in rows if row["step"] in ends[run.path]]
     names: list[str] = []
     for _, row in rows:
         names += [key for key, value in row.items() if Estimate.read(value) and key not in names]
@@ -180,7 +194,7 @@ def behind_curves(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]
         }
         for run, row in rows
     ]
-    return names, table
+    return names, table, shortened
 
 
 def _cell(name: str, estimate: Estimate | None) -> str:

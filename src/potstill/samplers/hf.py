@@ -1,13 +1,14 @@
 """Rollouts by a Hugging Face model in this process: the student, or the teacher writing for it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from potstill import chat
 from potstill.decode import Decoding, Row, Written, write
 from potstill.errors import DataError
 from potstill.models import Loaded, Tokens, same_tokenizer
 from potstill.seeds import derive
-from potstill.types import Author, Prompt, Rollout
+from potstill.types import Author, Prompt, Rollout, Usage
 
 
 class HFSampler:
@@ -70,7 +71,8 @@ class Translated:
         else:
             end = self.student.eos[:1] if r.finish == "stop" else ()
             ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)[:room]
-        return foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author=self.author, seed=r.seed)
+        mine = foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author=self.author, seed=r.seed)
+        return replace(mine, usage=Usage(read=len(r.prompt_ids), written=len(r.response_ids)))
 
 
 def foreign_rollout(

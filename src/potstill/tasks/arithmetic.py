@@ -24,7 +24,13 @@ if TYPE_CHECKING:  # types.py needs torch, and reading a recipe must not
 
 Pair = tuple[int, int]
 """(multiplicand, multiplier)."""
-TENTHS: dict[int, Literal["train"] | Split] = {**dict.fromkeys(range(6), "train"), 6: "validation", 7: "validation", 8: "test", 9: "test"}
+TENTHS: dict[int, Literal["train"] | Split] = {
+    **dict.fromkeys(range(6), "train"),
+    6: "validation",
+    7: "validation",
+    8: "test",
+    9: "test",
+}
 
 
 class Step(NamedTuple):
@@ -60,7 +66,9 @@ def written(steps: list[Step]) -> str:
 @lru_cache
 def pairs(split: Literal["train"] | Split, digits: int) -> tuple[Pair, ...]:
     """Every question of one split with so many digits, in the order of a hash: three fifths are for training."""
-    keys = {(a, b): derive("arithmetic", f"{a}*{b}=") for a in range(10 ** (digits - 1), 10**digits) for b in range(2, 10)}
+    keys = {
+        (a, b): derive("arithmetic", f"{a}*{b}=") for a in range(10 ** (digits - 1), 10**digits) for b in range(2, 10)
+    }
     return tuple(sorted((pair for pair, key in keys.items() if TENTHS[key % 10] == split), key=keys.__getitem__))
 
 
@@ -111,7 +119,9 @@ class Arithmetic(Task, frozen=True):
         """The digits behind the last `#`, to the end."""
         return Exact(pattern=r"#(\d+)$")
 
-    def _first(self, split: Literal["train"] | Split, digits: int, count: int, rng: random.Random | None = None) -> list[Pair]:
+    def _first(
+        self, split: Literal["train"] | Split, digits: int, count: int, rng: random.Random | None = None
+    ) -> list[Pair]:
         """The first `count` pairs of a split, or as many random ones."""
         pool = pairs(split, digits)
         if count > len(pool):

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.errors import DataError
-from potstill.tasks.names import did_you_mean
+from potstill.errors import DataError, did_you_mean
 from potstill.tasks.rows import Part, Row, Rows
 
 

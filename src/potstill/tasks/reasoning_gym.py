@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from potstill.errors import DataError
+from potstill.errors import DataError, did_you_mean
 from potstill.seeds import derive
 from potstill.tasks.base import Split, Task
-from potstill.tasks.names import did_you_mean
 from potstill.verifiers.base import Verifier
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class Scorer(Verifier, frozen=True):
         entry = {"question": prompt.meta["question"], "answer": prompt.answer, "metadata": prompt.meta["metadata"]}
         try:
             score = self._dataset.score_answer(answer, entry)
-        except Exception:  # noqa: BLE001  # some (prime_factorization, boxnet) raise on text that is no answer
+        except Exception:  # some (prime_factorization, boxnet) raise on text that is no answer
             return 0.0
         return min(max(float(score), 0.0), 1.0)
 

@@ -185,7 +185,7 @@ def _text(prompt: "Prompt") -> str:
 
 def _nearest(name: str, columns: Iterable[str]) -> str:
     """ " (did you mean ...? the columns are ...)"."""
-    from potstill.tasks.names import did_you_mean
+    from potstill.errors import did_you_mean
 
     return f" ({did_you_mean(name, columns)}the columns are {', '.join(sorted(columns))})"
 
