@@ -88,10 +88,10 @@ def _check_teacher(config: Config, method: Method) -> None:
             f"{name} reads the teacher's scores, which are always at temperature 1, so teacher.temperature and top_p would "
             "have no effect. Remove them (opd: method.teacher_temperature flattens the scores)"
         )
-    if method.wants is Wants.TEXT and teacher.temperature == 0 and getattr(method, "continuations", 2) > 1:
+    if teacher.temperature == 0 and "variety" in method.needs:
         raise ConfigError(
-            f"teacher.temperature = 0 makes all {getattr(method, 'continuations', 'n')} continuations of a chunk the same "
-            "text, so k_sem is one similarity counted many times, at many times the price. "
+            f"{name} asks for several answers to the same question, but teacher.temperature = 0 makes them all the same "
+            "text: k_sem would be one similarity counted many times, at many times the price. "
             "Set teacher.temperature = 1, or method.continuations = 1"
         )
 

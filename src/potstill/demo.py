@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -22,7 +23,7 @@ from rich.table import Table
 from potstill.config import read
 from potstill.errors import ConfigError, Interrupted, TrainingError
 from potstill.metrics import paired_bootstrap
-from potstill.progress import accuracy, percent
+from potstill.progress import CAPTION, accuracy, percent
 from potstill.report import write
 from potstill.run import Run, read_rows, write_whole
 
@@ -52,7 +53,11 @@ def run(folder: Path, seed: int, console: Console) -> Row:
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write(folder / "report.html", list(runs.values()), summary=summary)
     console.print(table(summary))
-    console.print(f"Why: open {folder / 'report.html'} in a browser. All numbers: {folder / 'summary.json'}")
+    for line in cost(summary):
+        console.print(line)
+    console.print(
+        f"Why: open {folder / 'report.html'} in a browser. Every number: {folder / 'summary.json'}", soft_wrap=True
+    )
     return summary
 
 
@@ -99,14 +104,14 @@ def _watch(folder: Path, processes: Mapping[str, subprocess.Popen[bytes]], conso
 
 
 def _progress(folder: Path, steps: Mapping[str, int]) -> Table:
-    shown = Table("method", "step", "CPU s", "sampled accuracy", "greedy accuracy", "teacher tokens read / written")
+    shown = Table("method", "step", "CPU s", "sampled, %", "greedy, %", "teacher wrote", box=SIMPLE_HEAD)
     for method in METHODS:
         rows, evals = read_rows(folder / method / "metrics.jsonl"), read_rows(folder / method / "evals.jsonl")
         last = {row["name"]: percent(accuracy(row)) for row in evals}
-        read_, written = (sum(r[f"teacher/{what}"] for r in rows) for what in ("read", "written"))
+        written = sum(row["teacher/written"] for row in rows)
         step, cpu = (rows[-1]["step"], rows[-1]["cpu_s"]) if rows else (0, 0.0)
         cells = [f"{step} / {steps[method]}", f"{cpu:.0f}", last.get("sampled", ""), last.get("greedy", "")]
-        shown.add_row(method, *cells, f"{read_:,} / {written:,}")
+        shown.add_row(method, *cells, f"{written:,}")
     return shown
 
 
@@ -135,17 +140,24 @@ def _summary(method: str, run: Run) -> Row:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The demo's one table."""
-    title = f"accuracy on {summary['questions']} unseen questions, seed {summary['seed']}"
-    shown = Table(title=title, caption="95 % intervals: bootstrap over questions; the gain is paired")
-    for column in ("method", "how", "start", "end", "gain in points", "CPU s", "teacher tokens read / written"):
-        shown.add_column(column)
+    """The demo's one table: start, end and gain. Fits into 80 columns."""
+    title = f"right answers to {summary['questions']} unseen questions, seed {summary['seed']}"
+    shown = Table(title=title, caption=f"{CAPTION}; the gain is paired", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("method", "how", "start", "end", "gain, points"):
+        shown.add_column(column, no_wrap=True)
     for name, method in summary["methods"].items():
         for i, how in enumerate(method["start"]):
             gain = method["gain"][how]
             points = f"{gain['value'] * 100:+.1f} [{gain['low'] * 100:+.1f}, {gain['high'] * 100:+.1f}]"
-            tokens = method["teacher_tokens"]
-            cost = [f"{method['cpu_seconds']:.0f}", f"{tokens['read']:,} / {tokens['written']:,}"]
-            cells = [percent(method["start"][how]), percent(method["end"][how]), points]
-            shown.add_row("" if i else name, how, *cells, *(("", "") if i else cost))
+            shown.add_row("" if i else name, how, percent(method["start"][how]), percent(method["end"][how]), points)
     return shown
+
+
+def cost(summary: Mapping[str, Any]) -> Iterator[str]:
+    """A line per method: what it took."""
+    for name, method in summary["methods"].items():
+        tokens = method["teacher_tokens"]
+        yield (
+            f"{name}: {method['steps']} steps in {method['cpu_seconds']:.0f} CPU seconds; "
+            f"the teacher read {tokens['read']:,} tokens and wrote {tokens['written']:,}"
+        )

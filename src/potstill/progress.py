@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -56,21 +57,32 @@ def accuracy(row: Row) -> dict[str, float]:
 
 
 def percent(interval: Mapping[str, float]) -> str:
-    """`61.2 % [57.9, 64.4]`."""
-    return f"{interval['value']:.1%} [{interval['low'] * 100:.1f}, {interval['high'] * 100:.1f}]".replace("%", " %")
+    """`61.2 [57.9-64.4]`: per cent."""
+    return f"{interval['value'] * 100:.1f} [{interval['low'] * 100:.1f}-{interval['high'] * 100:.1f}]"
+
+
+SHORT = {
+    "avg": "avg@k",
+    "pass": "pass@k",
+    "maj": "maj@k",
+    "format_failure": "no answer",
+    "truncated": "cut off",
+    "repetition": "repeated",
+    "length": "tokens",
+}
+CAPTION = "per cent, with 95 % intervals: bootstrap over questions"
 
 
 def evaluations(rows: Sequence[Row], title: str = "") -> Table:
-    """A table of evaluations, each figure with its 95 % interval over questions."""
-    figures = [n for n, v in rows[0].items() if isinstance(v, dict) and "low" in v]
-    names = list(dict.fromkeys(n.split("@")[0] for n in figures))
-    table = Table(title=title or None, caption="95 % intervals: bootstrap over questions")
-    for column in ("step", "how", *names):
-        table.add_column(column, justify="left" if column == "how" else "right")
+    """Evaluations side by side, each figure with its 95 % interval over questions. Fits four into 80 columns."""
+    table = Table(title=title or None, caption=CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for row in rows:
-        cells = [str(row.get("step", "")), f"{row['name']} x{row['samples']}, {row['questions']} questions"]
-        for name in names:
-            value = next(v for n, v in row.items() if n.split("@")[0] == name)
-            cells.append(f"{value['value']:.1f}" if name == "length" else percent(value))
-        table.add_row(*cells)
+        when = f"step {row['step']}" if "step" in row else f"{row['questions']} questions"
+        table.add_column(f"{row['name']} x{row['samples']}\n{when}", justify="right", no_wrap=True)
+    names = dict.fromkeys(n.split("@")[0] for row in rows for n, v in row.items() if isinstance(v, dict) and "low" in v)
+    for name in names:
+        cells = [next(v for n, v in row.items() if n.split("@")[0] == name) for row in rows]
+        shown = [f"{v['value']:.1f}" if name == "length" else percent(v) for v in cells]
+        table.add_row(SHORT.get(name, name), *shown)
     return table

@@ -64,12 +64,14 @@ class OmniOPD(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Entropies to choose the chunks, the initial student to stay close to."""
+        """Entropies to choose the chunks, the initial student to stay close to, a teacher that samples."""
         needs: set[Need] = set()
         if self.scheduler == "peak_entropy":
             needs.add("entropy")
         if self.beta > 0:
             needs.add("reference")
+        if self.continuations > 1:
+            needs.add("variety")
         return frozenset(needs)
 
     def asks(self, rollout: Rollout) -> list[Ask]:
