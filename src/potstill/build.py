@@ -36,6 +36,8 @@ NEEDS = {
 def device(name: str) -> str:
     """`auto` is a GPU if there is one. On a CPU, one thread: for small models two are slower. Raises ConfigError."""
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if chosen.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device = {name!r} is none that potstill knows. Use 'auto', 'cpu', 'cuda' or 'cuda:1'")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device = {name!r}, but torch {torch.__version__} sees no GPU. Use device = 'auto' or 'cpu'")
     if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -47,17 +49,20 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
     """Everything that can go wrong before a weight is loaded. Returns the student's tokens and the questions."""
     method, task = _method(config), _task(config)
     _check_teacher(config, method)
+    _check_rollouts(config, method)
     if config.learner.warmup >= config.steps:
         raise ConfigError(
             f"learner.warmup = {config.learner.warmup} is not shorter than steps = {config.steps}, so the learning rate "
             "would never arrive. Lower warmup or raise steps"
         )
-    if config.learner.schedule == "constant" and config.learner.lr >= 1:
+    if config.learner.lr >= 1:
         raise ConfigError(
             f"learner.lr = {config.learner.lr} moves every weight by more than 1 a step. Try 1e-3 or less"
         )
+    device(config.student.device)
     student = models.load_tokens(config.student.path, config.student.eos)
     if config.teacher is not None:
+        device(config.teacher.device)
         teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
         if method.wants > Wants.TEXT:
             models.check_shared(student, teacher)
@@ -93,6 +98,23 @@ def _check_teacher(config: Config, method: Method) -> None:
             f"{name} asks for several answers to the same question, but teacher.temperature = 0 makes them all the same "
             "text: k_sem would be one similarity counted many times, at many times the price. "
             "Set teacher.temperature = 1, or method.continuations = 1"
+        )
+
+
+def _check_rollouts(config: Config, method: Method) -> None:
+    group, room = config.rollouts.group, config.rollouts.max_tokens
+    greedy = method.author == "teacher" and config.teacher is not None and config.teacher.temperature == 0
+    if group > 1 and (greedy or method.author == "data"):
+        who = "the data set has one answer" if not greedy else "teacher.temperature = 0 writes one answer"
+        raise ConfigError(
+            f"rollouts.group = {group}, but {who} to a prompt, so each would be learnt {group} times over. "
+            "Set rollouts.group = 1"
+        )
+    length = getattr(method, "chunk_length", 0)
+    if length > room:
+        raise ConfigError(
+            f"method.chunk_length = {length} is longer than the longest answer, rollouts.max_tokens = {room}, so nothing "
+            "would be audited. Lower the one or raise the other"
         )
 
 

@@ -94,6 +94,7 @@ def evaluate(
     import asyncio
 
     from potstill import build, models, progress
+    from potstill.decode import Decoding
     from potstill.evaluate import evaluate as ask
 
     path, questioner = _checkpoint(checkpoint, task, overrides or [])
@@ -101,10 +102,11 @@ def evaluate(
         raise ConfigError(f"--split {split!r}: there are validation and test. Training prompts are never evaluated on")
     asked = questioner.questions(split, questions)
     loaded = models.load(path, device=build.device("auto"))
+    how = Decoding(temperature=temperature, top_p=top_p)
+    name, verifier = ("sampled" if temperature else "greedy"), questioner.verifier()
     row, _ = asyncio.run(
-        ask(loaded, asked, questioner.verifier(), name="greedy" if temperature == 0 else "sampled", samples=samples,
-            temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    )  # fmt: skip
+        ask(loaded, asked, verifier, name=name, samples=samples, max_tokens=max_tokens, how=how, seed=seed)
+    )
     if as_json:
         out.print_json(json.dumps(row | {"split": split, "checkpoint": checkpoint}))
     else:

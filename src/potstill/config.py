@@ -16,7 +16,7 @@ from potstill.errors import ConfigError, unknown
 DType = Literal["float32", "bfloat16"]
 
 
-class Part(BaseModel, frozen=True, extra="forbid"):
+class Part(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A table of the recipe."""
 
 
@@ -151,9 +151,13 @@ def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str
                 f"{unknown('recipe', str(recipe), known)}. Give one of these names, or the path of a TOML file"
             )
         path = known[str(recipe)]
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a recipe that you may read") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}. A recipe is a text file in TOML") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             f"{path} is not TOML: {error}. See `potstill check` on one of: {', '.join(recipes())}"
@@ -172,6 +176,9 @@ def parse(raw: dict[str, Any]) -> Config:
         given = raw.get(table)
         if not isinstance(given, dict) or key not in given:
             problems.append(f"[{table}] needs {key} = ...")
+            continue
+        if not isinstance(given[key], str):
+            problems.append(f"{table}.{key} = {given[key]!r}: should be a name, in quotes")
             continue
         cls = find(given[key])
         values = {k: v for k, v in given.items() if not (k == key and ".py:" in str(v))}

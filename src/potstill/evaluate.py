@@ -23,9 +23,8 @@ async def evaluate(
     *,
     name: str,
     samples: int,
-    temperature: float,
     max_tokens: int,
-    top_p: float = 1.0,
+    how: Decoding,
     seed: int = 0,
 ) -> tuple[Row, list[list[Rollout]]]:
     """One row of evals.jsonl, every figure with its 95 % interval over questions, and the answers behind it.
@@ -34,9 +33,14 @@ async def evaluate(
     their answers can be compared question by question.
     """
     began = time.process_time()
-    sampler = HFSampler(loaded, max_tokens=max_tokens, decoding=Decoding(temperature=temperature, top_p=top_p))
+    sampler = HFSampler(loaded, max_tokens=max_tokens, decoding=how)
     groups = await sampler.sample(questions, samples, seed=seed, step=-1)
-    row = score(groups, verifier) | {"name": name, "samples": samples, "temperature": temperature, "top_p": top_p}
+    row = score(groups, verifier) | {
+        "name": name,
+        "samples": samples,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+    }
     return row | {"seed": seed, "eval_cpu_s": round(time.process_time() - began, 3)}, groups
 
 

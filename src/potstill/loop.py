@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol, runtime_checkable
 
 from potstill.batch import info_means
 from potstill.build import Parts, build, environment
 from potstill.config import Config
+from potstill.decode import Decoding
 from potstill.errors import ConfigError, Interrupted, TrainingError
 from potstill.evaluate import evaluate
 from potstill.metrics import repetition
@@ -26,6 +28,7 @@ from potstill.types import Ask, Feedback, Reviewed, Rollout, Target, Usage
 Row = dict[str, Any]
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Whoever wants to see the run go by: a progress bar, a test."""
 
@@ -52,20 +55,22 @@ def train(
         )
     parts = build(config)
     run = run or Run.create(folder, config=text, resolved=resolved, env=environment())
-    asyncio.run(_train(config, parts, run, watch))
+    with Stop() as stop:
+        asyncio.run(_train(config, parts, run, stop, watch))
     return run
 
 
-async def _train(config: Config, parts: Parts, run: Run, watch: Watcher | None) -> None:
+async def _train(config: Config, parts: Parts, run: Run, stop: "Stop", watch: Watcher | None) -> None:
     done = 0
     if latest := run.latest():
         done, folder = latest
         parts.learner.restore(folder)
     run.rewind(done)
     clock = Clock(run)
-    if done == 0 and not run.evals:
+    if done == 0:
         await _evaluate(config, parts, run, 0, clock, watch)
-    stop = Stop()
+        if stop.asked:
+            raise Interrupted(f"interrupted before the first step of {run.path}. Go on with --resume")
     for step in range(done + 1, config.steps + 1):
         row, targets = await _step(config, parts, step, clock)
         run.append("metrics", row)
@@ -123,8 +128,8 @@ async def _evaluate(config: Config, parts: Parts, run: Run, step: int, clock: "C
             parts.verifier,
             name=name,
             samples=samples,
-            temperature=temperature,
             max_tokens=config.rollouts.max_tokens,
+            how=Decoding(temperature=temperature, cells=config.rollouts.batch_cells),
             seed=config.seed,
         )
         row = {"step": step, "split": config.eval.split, **row, "cpu_s": round(clock.total, 3)}
@@ -170,14 +175,22 @@ def describe(target: Target, step: int) -> Row:
 
 
 class Stop:
-    """Ctrl-C lets the step end, so that its work can be saved; a second one stops at once."""
+    """Inside the block Ctrl-C lets the step end, so that its work can be saved; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._hear)
+        self._ours = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
 
-    def _hear(self, number: int, frame: object) -> None:
+    def __enter__(self) -> "Stop":
+        if self._ours:
+            self._before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

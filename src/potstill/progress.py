@@ -75,7 +75,7 @@ CAPTION = "per cent, with 95 % intervals: bootstrap over questions"
 
 def evaluations(rows: Sequence[Row], title: str = "") -> Table:
     """Evaluations side by side, each figure with its 95 % interval over questions. Fits four into 80 columns."""
-    table = Table(title=title or None, caption=CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title or None, caption=CAPTION, box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
     for row in rows:
         when = f"step {row['step']}" if "step" in row else f"{row['questions']} questions"

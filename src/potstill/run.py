@@ -103,7 +103,12 @@ class Run:
                 f"{path} exists already, and a run never overwrites another. "
                 "Continue it with --resume, or give another name (name = ... in the recipe, or name=... behind it)"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{path.parent} cannot be a folder of runs: {error.strerror}. Give one that can be written to with --root"
+            ) from None
         with whole_directory(path) as folder:
             (folder / "config.toml").write_text(config, encoding="utf-8")
             (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
@@ -122,8 +127,14 @@ class Run:
 
     @property
     def resolved(self) -> Row:
-        """Every field of the recipe, as understood."""
-        return json.loads((self.path / "resolved.json").read_text(encoding="utf-8"))
+        """Every field of the recipe, as understood. Raises CheckpointError."""
+        path = self.path / "resolved.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is not JSON ({error}), so nobody can tell what was run. Restore the file, or start the run anew"
+            ) from None
 
     @property
     def metrics(self) -> list[Row]:
@@ -157,8 +168,6 @@ class Run:
     def checkpoint(self, step: int, save: Callable[[Path], None], keep: int) -> Path:
         """Save with `save(folder)` as checkpoints/step_N, make it the latest, and drop all but the newest `keep`."""
         folder = self.path / "checkpoints" / f"step_{step:06d}"
-        if folder.exists():  # a resumed run arrives at a step that was saved just before the kill
-            shutil.rmtree(folder)
         with whole_directory(folder) as temporary:
             save(temporary)
         write_whole(self.path / "checkpoints" / "latest", folder.name + "\n")
@@ -180,14 +189,18 @@ class Run:
         return int(folder.name.removeprefix("step_")), folder
 
     def rewind(self, step: int) -> None:
-        """Forget everything after `step`, so that a resumed run writes it again, once."""
+        """Forget everything after `step`, so that a resumed run writes it again, once; step 0: everything."""
         for name in ("metrics", "evals"):
             path = self.path / f"{name}.jsonl"
             if path.exists():
-                write_whole(path, "".join(json.dumps(r) + "\n" for r in read_rows(path) if r["step"] <= step))
-        for kept in self.rollout_steps:
-            if kept > step:
-                (self.path / "rollouts" / f"step_{kept:06d}.jsonl").unlink()
+                kept = [row for row in read_rows(path) if 0 < step >= row["step"]]
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for later in self.rollout_steps:
+            if later > step:
+                (self.path / "rollouts" / f"step_{later:06d}.jsonl").unlink()
+        for folder in (self.path / "checkpoints").iterdir():  # of later steps, and what a kill left half-written
+            if folder.is_dir() and (folder.name.startswith(".") or int(folder.name.removeprefix("step_")) > step):
+                shutil.rmtree(folder)
 
 
 def load_run(path: str | Path) -> Run:

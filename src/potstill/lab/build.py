@@ -91,7 +91,11 @@ def build(out: Path, seed: int = 0, log: Callable[[str], None] = print) -> dict[
     if out.exists():
         raise ConfigError(f"{out} exists already, and the lab overwrites nothing; give another directory, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     report: dict[str, Any] = {"seed": seed, "versions": versions, "machine": platform.machine(), "models": {}}
     with whole_directory(out) as folder, one_thread():
         for name, make in MAKERS.items():
@@ -101,7 +105,9 @@ def build(out: Path, seed: int = 0, log: Callable[[str], None] = print) -> dict[
             for column, sample in (("sampled", True), ("greedy", False)):
                 row[column] = accuracy(model, tokenizer, sample=sample)
             report["models"][name] = {k: v._asdict() if isinstance(v, tuple) else v for k, v in row.items()}
-            log(f"{name}: {row['parameters']} parameters, {row['train_cpu_s']} CPU s, right {row['sampled']} sampled, {row['greedy']} greedy")
+            log(
+                f"{name}: {row['parameters']} parameters, {row['train_cpu_s']} CPU s, right {row['sampled']} sampled, {row['greedy']} greedy"
+            )
             model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
         (folder / "lab.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

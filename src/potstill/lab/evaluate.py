@@ -49,9 +49,13 @@ def write(
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def accuracy(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", *, sample: bool, count: int = 432) -> Accuracy:
+def accuracy(
+    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", *, sample: bool, count: int = 432
+) -> Accuracy:
     """The fraction of the first `count` validation questions that is answered right."""
     task = Arithmetic()
     prompts, verifier = task.questions("validation", count), task.verifier()
     answers = write(model, tokenizer, [prompt.messages[0]["content"] for prompt in prompts], sample=sample)
-    return wilson(sum(verifier.extract(text) == prompt.answer for text, prompt in zip(answers, prompts, strict=True)), count)
+    return wilson(
+        sum(verifier.extract(text) == prompt.answer for text, prompt in zip(answers, prompts, strict=True)), count
+    )

@@ -57,7 +57,9 @@ def encode(tokenizer: "PreTrainedTokenizerFast", text: Text, cut: int) -> tuple[
     return tokens, [IGNORED] * unlearned + tokens[unlearned:]
 
 
-def batch(tokenizer: "PreTrainedTokenizerFast", texts: list[Text], rng: random.Random) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def batch(
+    tokenizer: "PreTrainedTokenizerFast", texts: list[Text], rng: random.Random
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Tokens and labels, padded on the right. Every text is cut at a random character behind what is given."""
     rows = [encode(tokenizer, text, rng.randint(text.given, len(text.answer))) for text in texts]
     longest = max(len(tokens) for tokens, _ in rows)

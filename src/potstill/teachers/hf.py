@@ -19,6 +19,8 @@ from potstill.types import Ask, Feedback, Usage, Wants
 
 SLACK = 1.5
 """Teacher tokens asked for per student token, where the tokenizers differ: text is cut afterwards, not before."""
+LOGITS = 1 << 27
+"""Logits held at once while scoring: half a GiB in float32, whatever the vocabulary."""
 
 
 class HFTeacher:
@@ -69,12 +71,13 @@ class HFTeacher:
 
     def _micro(self, asks: Sequence[Ask]) -> list[list[Ask]]:
         """Consecutive questions whose tokens fit into one forward pass."""
+        room = min(self.how.cells, LOGITS // self.student.vocab)
         groups: list[list[Ask]] = []
         longest = 0
         for ask in asks:
             length = len(ask.rollout.prompt_ids) + len(ask.rollout.response_ids)
             longest = max(longest, length)
-            if not groups or (len(groups[-1]) + 1) * longest > self.how.cells // 4:
+            if not groups or (len(groups[-1]) + 1) * longest > room:
                 groups.append([])
                 longest = length
             groups[-1].append(ask)

@@ -1,0 +1,74 @@
+"""Runs of a second: a recipe for the bundled models, and the command line called in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from potstill import cli
+
+RECIPE = """\
+name = "tiny"
+steps = 2
+student.path = "lab/student"
+teacher.path = "lab/teacher"
+task.kind = "arithmetic"
+method.name = "opd"
+rollouts = {prompts = 4}
+eval = {questions = 8, samples = 2, every = 2}
+save = {every = 2, rollouts_every = 2}
+"""
+
+OVERRIDES = {
+    "opd": (),
+    "sampled_kl": ("method.name=sampled_kl",),
+    "sft": ("method.name=sft",),
+    "omniopd": (
+        "method={name='omniopd', chunks=3, continuations=2, chunk_length=3, similarity='exact'}",
+        "teacher.text_only=true",
+    ),
+}
+"""What turns RECIPE into a run of each method."""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ended]
+
+
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`potstill ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in arguments])
+        code = end.value.code
+        out, err = capsys.readouterr()
+        return Ended(code if isinstance(code, int) else int(code is not None), out, err)
+
+    return run
+
+
+def recipe(folder: Path, text: str = RECIPE) -> Path:
+    """A recipe file in `folder`."""
+    path = folder / "tiny.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def parsed(*overrides: str) -> Any:
+    """RECIPE as a Config, with overrides."""
+    from potstill import config
+
+    raw = config.tomllib.loads(RECIPE)
+    for override in overrides:
+        config._apply(raw, override)
+    return config.parse(raw)
