@@ -1,6 +1,8 @@
 """Targets -> one padded Batch. The only place that knows about padding and about the divisor."""
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,6 +42,14 @@ def collate(targets: Sequence[Target], n_tokens: float | None = None) -> Batch:
         teacher_logp=pad("teacher_logp"),
         n_tokens=count_tokens(targets) if n_tokens is None else n_tokens,
     )
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    tensors: dict[str, Any] = {
+        f.name: v.to(device) for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))
+    }
+    return replace(batch, **tensors)
 
 
 def info_means(targets: Sequence[Target]) -> dict[str, float]:

@@ -229,11 +229,15 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str) -> Itera
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        annotation = cls.model_fields[str(part)].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        cls = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(cls.model_fields)
+    options: list[type[BaseModel]] = [cls]
+    for part in map(str, loc):
+        if len(options) > 1:  # pydantic puts the tag of a tagged union into the location
+            options = [o for o in options if any(part == f.default for f in o.model_fields.values())]
+        else:
+            annotation = options[0].model_fields[part].annotation
+            parts = getattr(annotation, "__args__", (annotation,))
+            options = [o for o in parts if isinstance(o, type) and issubclass(o, BaseModel)]
+    return list(options[0].model_fields)
 
 
 def parse_part(cls: Any, raw: dict[str, Any], overrides: Sequence[str], table: str) -> Any:

@@ -58,7 +58,7 @@ def entropy(logits: Logits) -> Nats:
     return -(p.exp() * p.clamp_min(torch.finfo(p.dtype).min)).sum(-1)
 
 
-def with_rest(logp: Logits) -> Logits:
+def with_rest(logp: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K+1"]:
     """Append a bucket for everything outside the K given tokens: log(1 - sum_k P_k). [..., K] -> [..., K + 1].
 
     Without it a truncated divergence is no divergence: it can fall below zero, and the student can gain by moving

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -134,7 +135,7 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
             model = PeftModel.from_pretrained(load(base, dtype=dtype).model, where).merge_and_unload()
         else:
             model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **gguf)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the weights of {path} cannot be loaded: {_first_line(error)}. Is the folder complete?"
         ) from None

@@ -14,6 +14,7 @@ Needs no torch.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,13 +33,24 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a full disk into a message. Raises TrainingError."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        code = _errno(error)
+        if code not in FULL:
             raise
         raise TrainingError(
-            f"the disk is full: {path} could not be written ({error.strerror}). "
+            f"the disk is full: {path} could not be written ({os.strerror(code)}). "
             "Free some space; then `potstill train ... --resume` goes on from the last checkpoint"
         ) from None
+
+
+def _errno(error: BaseException | None) -> int:
+    """The system's error number. Rust (safetensors) has it in its message, C++ (torch) hides it behind its own error."""
+    if error is None:
+        return 0
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else _errno(error.__context__)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from potstill.lab.evaluate import wilson, write
 from potstill.lab.tokenizers import CHARACTERS, character_tokenizer, foreign_tokenizer
 from potstill.lab.train import IGNORED, encode
 from potstill.tasks.arithmetic import Arithmetic, Step, pairs, product, work, written
-from potstill.types import Rollout
+from potstill.types import Prompt, Rollout
 
 TASK = Arithmetic()
 
@@ -62,7 +62,7 @@ def test_splits_share_no_prompt_and_hold_all_of_them():
 def test_drawing_depends_on_seed_and_step_alone():
     prompts = TASK.draw(1, 2, 300)
     assert prompts == TASK.draw(1, 2, 300)
-    assert {p.id for p in prompts}.isdisjoint(p.id for p in TASK.draw(1, 3, 4))
+    assert TASK.draw(1, 3, 300) != prompts != TASK.draw(2, 2, 300)
     assert len({p.id for p in prompts}) == 300
     assert all(80 < sum(p.meta["digits"] == d for p in prompts) < 120 for d in (2, 3, 4))
     held_out = {p.id for split in ("validation", "test") for p in TASK.questions(split, 432)}
@@ -88,8 +88,7 @@ def test_too_many_questions_are_refused():
     [("3*6+0=18;7*6+1=43;4*6+4=28;#2838", 1), ("#2838", 1), ("#28380", 0), ("2838", 0), ("#2838;", 0), ("#1#2838", 1)],
 )
 def test_what_stands_behind_the_last_sign_counts(answer, score):
-    prompt = next(p for p in [*TASK.questions("validation", 1)])
-    prompt = type(prompt)(id="p", messages=({"role": "user", "content": "473*6="},), answer="2838")
+    prompt = Prompt(id="p", messages=({"role": "user", "content": "473*6="},), answer="2838")
     ids = tuple(range(len(answer)))
     assert (
         TASK.verifier()(
@@ -193,7 +192,8 @@ def test_the_foreign_model_continues_any_prefix():
 def test_the_bundle_is_small_and_says_how_it_was_made():
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 12e6
     report = json.loads((MODELS / "lab.json").read_text())
-    assert report["seed"] == 0 and set(report["models"]) == set(NAMES)
+    assert report["seed"] == 0
+    assert set(report["models"]) == set(NAMES)
     for name in NAMES:
         model, tokenizer = bundled(name)
         assert model.num_parameters() == report["models"][name]["parameters"]

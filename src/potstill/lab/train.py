@@ -51,7 +51,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", text: Text, cut: int) -> tuple[
         return tokenizer.backend_tokenizer.encode(part, add_special_tokens=False).ids
 
     read = ids(text.question) + ids(text.answer[:cut])
-    rest = ids(text.answer[cut:]) + [tokenizer.eos_token_id]
+    rest = [*ids(text.answer[cut:]), tokenizer.eos_token_id]
     unlearned = len(read) if text.given else len(ids(text.question))
     tokens = read + rest
     return tokens, [IGNORED] * unlearned + tokens[unlearned:]

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from potstill.batch import collate, count_tokens
+from potstill.batch import collate, count_tokens, moved
 from potstill.config import Learner as LearnerConfig
 from potstill.config import LoRA
-from potstill.errors import CheckpointError, TrainingError
+from potstill.errors import CheckpointError, ConfigError, TrainingError
 from potstill.methods.base import Method
 from potstill.models import Loaded
 from potstill.seeds import derive
@@ -24,14 +24,23 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class LocalPolicy:
-    """One model's view of a batch. The forward pass runs once, when it is first asked for."""
+    """One model's view of a batch. The forward pass runs once, when it is first asked for, inside `around`."""
 
-    def __init__(self, model: Any, vocab: int, batch: Batch, reference: Callable[[], "LocalPolicy"] | None = None):
-        self._model, self._vocab, self._batch, self._reference = model, vocab, batch, reference
+    def __init__(
+        self,
+        model: Any,
+        vocab: int,
+        batch: Batch,
+        *,
+        around: Context = contextlib.nullcontext,
+        frozen: "LocalPolicy | None" = None,
+    ):
+        self._model, self._vocab, self._batch, self._around, self._frozen = model, vocab, batch, around, frozen
 
     @cached_property
     def logits(self) -> Float[Tensor, "B T V"]:
         """Row t is the distribution that produces labels[:, t]; prompts are padded on the left, responses on the right."""
+        assert self._model is not None, "the method did not declare that it needs the reference"
         device = self._model.device
         width = max(len(p) for p in self._batch.prompt_ids)
         pads = [width - len(p) for p in self._batch.prompt_ids]
@@ -42,13 +51,14 @@ class LocalPolicy:
         column = torch.arange(ids.shape[1], device=device)
         start = torch.tensor(pads, device=device)[:, None]
         read = torch.cat([column[:width] >= start, self._batch.mask.bool()], 1)
-        out = self._model(
-            input_ids=ids[:, :-1],
-            attention_mask=read[:, :-1],
-            position_ids=(column[:-1] - start).clamp(min=0),
-            logits_to_keep=self._batch.labels.shape[1],
-            use_cache=False,
-        )
+        with self._around():
+            out = self._model(
+                input_ids=ids[:, :-1],
+                attention_mask=read[:, :-1],
+                position_ids=(column[:-1] - start).clamp(min=0),
+                logits_to_keep=self._batch.labels.shape[1],
+                use_cache=False,
+            )
         return out.logits[..., : self._vocab].float()
 
     @cached_property
@@ -69,9 +79,8 @@ class LocalPolicy:
 
     @property
     def reference(self) -> "LocalPolicy":
-        """The initial weights' view of the same batch, without gradient."""
-        assert self._reference is not None, "the method did not declare that it needs the reference"
-        return self._reference()
+        """The initial weights' view of the same batch, without gradient; that view is its own reference."""
+        return self._frozen or self
 
 
 class LocalLearner:
@@ -122,7 +131,7 @@ class LocalLearner:
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens, metrics = count_tokens(targets), {"loss": 0.0}
         for micro in self._micro(targets):
-            batch = collate(micro, n_tokens)
+            batch = moved(collate(micro, n_tokens), self.model.device)
             with self._autocast():
                 loss, seen = method.loss(self.policy(batch), batch)
             loss.backward()
@@ -138,22 +147,22 @@ class LocalLearner:
             if not torch.isfinite(torch.tensor(metrics[name])):
                 raise TrainingError(
                     f"step {step}: {name} is {metrics[name]}, so the step was not taken and the weights are those of step "
-                    f"{step - 1}. The usual cause is a learning rate that is too high (here {self.rate(step):.2g}); lower "
-                    "learner.lr and go on from the last checkpoint with --resume, or start anew"
+                    f"{step - 1}. The usual cause is a learning rate that is too high (here {self.rate(step):.2g}). Lower "
+                    "learner.lr and start a new run, with the last checkpoint as student.path to keep what was learnt"
                 )
         self.optimizer.step()
         return metrics
 
     def policy(self, batch: Batch) -> LocalPolicy:
-        """The student's view of a batch, with the reference behind it."""
+        """The student's view of a batch, with the reference's behind it."""
+        frozen = LocalPolicy(self._initial, self.tokens.vocab, batch, around=self._as_reference)
+        return LocalPolicy(self.model, self.tokens.vocab, batch, frozen=frozen)
 
-        def reference() -> LocalPolicy:
-            with torch.no_grad(), self._base():
-                view = LocalPolicy(self._initial, self.tokens.vocab, batch)
-                view.logp_all()  # now, while the adapter is off
-            return view
-
-        return LocalPolicy(self.model, self.tokens.vocab, batch, reference)
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """No gradient, and no adapter."""
+        with torch.no_grad(), self._base():
+            yield
 
     def save(self, folder: Path) -> None:
         """The model in Hugging Face format with its tokenizer, and all that a resumed run needs (trainer.pt)."""
@@ -166,7 +175,8 @@ class LocalLearner:
             merged = self.model
         merged.save_pretrained(folder)
         self.tokens.tokenizer.save_pretrained(folder)
-        torch.save(state, folder / "trainer.pt")
+        with (folder / "trainer.pt").open("wb") as file:  # given a path, torch hides that the disk is full
+            torch.save(state, file)
 
     def restore(self, folder: Path) -> None:
         """Weights and optimiser as `save` left them, bit for bit. Raises CheckpointError."""
@@ -187,7 +197,7 @@ class LocalLearner:
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:
             raise CheckpointError(
-                f"checkpoint {folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:120]}), so the run "
+                f"checkpoint {folder} is damaged ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]}), so the run "
                 f"cannot go on from it. Write the name of an older checkpoint into {folder.parent / 'latest'}, or start anew"
             ) from None
 
@@ -207,9 +217,14 @@ def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
 
     torch.manual_seed(seed)  # peft draws A from torch's own generator
     targets = list(lora.modules) if lora.modules else "all-linear"
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-        ),
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
+    try:
+        return get_peft_model(model, config)
+    except ValueError:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ConfigError(
+            f"student.lora.modules = {targets} are not all layers of this model, so there is nothing to adapt. "
+            f"Linear layers: {', '.join(linear)}"
+        ) from None
