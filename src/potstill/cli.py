@@ -158,7 +158,7 @@ def report(
         summary = json.loads((runs[0] / "summary.json").read_text(encoding="utf-8"))
         folders = [runs[0] / method["run"] for method in summary["methods"].values()]
     page = to or runs[0] / "report.html"
-    if not page.parent.is_dir() and to:
+    if to and not page.parent.is_dir():
         raise ConfigError(f"--out {page}: there is no folder {page.parent}. Make it, or give another place")
     write(page, [Run.open(folder) for folder in folders], summary=summary)
     out.print(f"Wrote {page}")

@@ -9,6 +9,9 @@ all others, each at its own position:
     row 2   p p p y y y y y y|u u u u
 
 A row with a trunk of its own is the naive path; `tests/contract` holds the shared one to it.
+
+Rows of one batch that share different amounts leave unused columns in the cache. A sliding window counts columns, so
+with such a model only rows that share equally much decode together.
 """
 
 from collections.abc import Sequence
@@ -73,27 +76,50 @@ def write(
     """Continue every row until it ends or reaches its limit. Same seeds, same text, whatever the tiling."""
     was_training = model.training
     model.eval()
-    out: list[Written] = []
+    shared = [_shared(trunks, row) for row in rows]
+    narrow = _narrow(model, rows, shared)
+    order = sorted(range(len(rows)), key=lambda i: shared[i]) if narrow else list(range(len(rows)))
+    out: dict[int, Written] = {}
     try:
-        for tile in _tiles(model, trunks, rows, how.cells):
-            out.extend(_Tile(model, trunks, tile, vocab, eos, how).run())
+        for tile in _tiles(trunks, rows, order, how.cells, shared if narrow else None):
+            written = _Tile(model, trunks, [rows[i] for i in tile], vocab, eos, how).run()
+            out |= zip(tile, written, strict=True)
     finally:
         model.train(was_training)
-    return out
+    return [out[i] for i in range(len(rows))]
 
 
-def _tiles(model: Any, trunks: Sequence[Sequence[int]], rows: Sequence[Row], cells: int) -> list[list[Row]]:
-    """Consecutive rows whose cache fits into `cells`."""
-    tiles: list[list[Row]] = []
+def _tiles(
+    trunks: Sequence[Sequence[int]], rows: Sequence[Row], order: Sequence[int], cells: int, alike: Sequence[int] | None
+) -> list[list[int]]:
+    """The rows in `order`, cut where their cache would outgrow `cells` or, if given, where `alike` changes."""
+    tiles: list[list[int]] = []
     columns = 0
-    for row in rows:
-        wider = max(columns, len(trunks[row.trunk]) + row.limit, len(row.prefix) + row.limit)
-        if not tiles or (len(tiles[-1]) + 1) * wider > cells:
+    for i in order:
+        own = max(len(trunks[rows[i].trunk]), len(rows[i].prefix)) + rows[i].limit
+        columns = max(columns, own)
+        full = not tiles or (len(tiles[-1]) + 1) * columns > cells
+        if full or (alike and alike[tiles[-1][-1]] != alike[i]):
             tiles.append([])
-            wider = len(row.prefix) + row.limit
-        tiles[-1].append(row)
-        columns = wider
+            columns = own
+        tiles[-1].append(i)
     return tiles
+
+
+def _narrow(model: Any, rows: Sequence[Row], shared: Sequence[int]) -> bool:
+    """Whether some layer of the model looks back on fewer columns than the cache may come to have."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    if window is None or not rows:
+        return False
+    waiting = max(len(r.prefix) - s for r, s in zip(rows, shared, strict=True))
+    return window < max(shared) + waiting + max(r.limit for r in rows)
+
+
+def _shared(trunks: Sequence[Sequence[int]], row: Row) -> int:
+    """Tokens that a row takes over. The last one of a prefix is always fed anew: its logits are what we are after."""
+    return min(_common(trunks[row.trunk], row.prefix), len(row.prefix) - 1)
 
 
 class _Tile:
@@ -111,8 +137,7 @@ class _Tile:
         self.model, self.rows, self.vocab, self.how = model, rows, vocab, how
         self.device = model.device
         self.eos = torch.tensor(list(eos), device=self.device)
-        # The last token of a prefix is always fed anew: its logits are what we are after.
-        self.shared = [min(_common(trunks[r.trunk], r.prefix), len(r.prefix) - 1) for r in rows]
+        self.shared = [_shared(trunks, r) for r in rows]
         self.cache, self.valid = self._prefill(trunks)
         longest = max(r.limit for r in rows)
         draws = np.zeros((len(rows), longest), np.float32)

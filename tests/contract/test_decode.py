@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from tiny import plain_logp
 
 from potstill.decode import Decoding, Row, Written, write
 from potstill.seeds import derive
+from tests import tiny
+from tests.tiny import plain_logp
 
 V = 40
 FAMILIES = ["llama", "qwen2", "gemma3"]

@@ -1,6 +1,6 @@
 """How often a model of the lab is right, with its interval."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -45,7 +45,8 @@ def write(
     choose = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(**inputs, max_new_tokens=limit, **choose)
+        # transformers hides `generate` from the type checker behind a protocol
+        output = cast(Any, model).generate(**inputs, max_new_tokens=limit, **choose)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

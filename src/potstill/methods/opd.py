@@ -26,7 +26,7 @@ class OPD(Method):
     """Full-vocabulary or top-k divergence to a teacher that shares the student's tokenizer."""
 
     name: Literal["opd"] = "opd"
-    beta: float = Field(1.0, ge=0, le=1)
+    beta: float = Field(0.5, ge=0, le=1)
     """0: forward KL, covers the teacher. 1: reverse KL, seeks its modes. Between: Jensen-Shannon."""
     top_k: int | None = Field(None, gt=0)
     """Compare only the teacher's K likeliest tokens and the rest as one; unset: the whole vocabulary."""

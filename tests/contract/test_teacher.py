@@ -1,0 +1,205 @@
+"""The Hugging Face teacher: its scores against a plain forward pass, its texts against what it may have read."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from potstill import chat
+from potstill.decode import Decoding
+from potstill.models import Loaded
+from potstill.teachers.hf import SLACK, HFTeacher
+from potstill.types import Ask, Feedback, Prompt, Rollout, Wants
+from tests import tiny
+
+STUDENT = tiny.tokens(tiny.byte_level(), "student")
+TEXTS = ["It is 42.", "the cat sat", "naïve café — 你好 🙂 done", "4"]
+
+
+def teacher(loaded: Loaded | None = None, **options: Any) -> HFTeacher:
+    return HFTeacher(loaded or tiny.loaded(seed=1, name="teacher"), STUDENT, **{"decoding": Decoding(), **options})
+
+
+def answers(by: HFTeacher, *asks: Ask) -> list[Feedback]:
+    return asyncio.run(by.feedback(asks))
+
+
+def score(wants: Wants, r: Rollout, **fields: Any) -> Ask:
+    return Ask(rollout=r, view=r.prompt, wants=wants, **fields)
+
+
+def go_on(r: Rollout, start: int, length: int = 6, n: int = 3, **fields: Any) -> Ask:
+    return Ask(rollout=r, view=r.prompt, wants=Wants.TEXT, start=start, length=length, n=n, **fields)
+
+
+ROLLOUTS = [
+    tiny.rollout(STUDENT, text, ask=tiny.prompt("Why? " * (i + 1), id=f"p{i}"), seed=i) for i, text in enumerate(TEXTS)
+]
+LONG = tiny.rollout(STUDENT, "the dog sat on the mat. What is 12 + 30? It is 42 and done")
+
+
+def plain(by: HFTeacher, ask: Ask) -> torch.Tensor:
+    prompt = chat.prompt_ids(by.loaded.tokens.tokenizer, ask.view)
+    return tiny.plain_logp(by.loaded.model, prompt, ask.rollout.response_ids, STUDENT.vocab)[ask.start :][: ask.length]
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("cells", [1, 65_536])
+def test_scores_are_those_of_a_plain_forward_pass(family: str, cells: int) -> None:
+    by = teacher(tiny.loaded(family, seed=1), decoding=Decoding(cells=cells))
+    asks = [score(Wants.FULL, r) for r in ROLLOUTS]
+    for ask, f in zip(asks, answers(by, *asks), strict=True):
+        assert f.ask is ask and f.logp is not None and f.sampled is not None
+        want = plain(by, ask)
+        np.testing.assert_allclose(f.logp, want, atol=2e-5)
+        np.testing.assert_allclose(np.exp(f.logp).sum(-1), 1, atol=1e-5)
+        assert f.sampled.shape == (len(ask.rollout.response_ids),) and (f.sampled <= 0).all()
+        np.testing.assert_array_equal(f.sampled, f.logp[np.arange(len(f.sampled)), list(ask.rollout.response_ids)])
+
+
+def test_a_part_of_the_response_is_scored_in_its_place() -> None:
+    by = teacher()
+    [f] = answers(by, score(Wants.FULL, LONG, start=4, length=3))
+    assert f.logp is not None and f.sampled is not None
+    np.testing.assert_allclose(f.logp, plain(by, score(Wants.FULL, LONG))[4:7], atol=2e-5)
+    np.testing.assert_array_equal(f.sampled, f.logp[np.arange(3), list(LONG.response_ids[4:7])])
+
+
+@pytest.mark.parametrize("k", [1, 5, 10_000])
+def test_top_k_is_the_top_of_the_whole(k: int) -> None:
+    by = teacher()
+    [full] = answers(by, score(Wants.FULL, LONG))
+    [top] = answers(by, score(Wants.TOPK, LONG, k=k))
+    assert top.topk_ids is not None and top.topk_logp is not None and full.logp is not None and top.sampled is not None
+    assert top.topk_ids.shape == (len(LONG.response_ids), min(k, STUDENT.vocab))
+    np.testing.assert_allclose(top.topk_logp, -np.sort(-full.logp, -1)[:, :k], atol=1e-6)
+    for t, ids in enumerate(top.topk_ids.tolist()):
+        assert len(set(ids)) == len(ids)
+        token = LONG.response_ids[t]
+        if token in ids:
+            assert top.topk_logp[t, ids.index(token)] == top.sampled[t]
+
+
+def test_answers_come_in_the_order_of_the_questions_whatever_was_asked() -> None:
+    asks = [go_on(LONG, 3), score(Wants.SAMPLED, ROLLOUTS[0]), go_on(LONG, 9), score(Wants.SAMPLED, LONG)]
+    got = answers(teacher(), *asks)
+    assert [f.ask for f in got] == asks
+    assert [f.sampled is None for f in got] == [True, False, True, False]
+    assert [len(f.texts) for f in got] == [3, 0, 3, 0]
+
+
+def test_padding_rows_of_the_teacher_take_no_mass() -> None:
+    narrow, wide = teacher(), teacher(tiny.loaded(seed=1, padding=128))
+    [a], [b] = answers(narrow, score(Wants.FULL, LONG)), answers(wide, score(Wants.FULL, LONG))
+    assert a.logp is not None and b.logp is not None
+    assert not wide.foreign and b.logp.shape[-1] == STUDENT.vocab
+    np.testing.assert_allclose(a.logp, b.logp, atol=1e-6)
+    assert answers(narrow, go_on(LONG, 3))[0].texts == answers(wide, go_on(LONG, 3))[0].texts
+
+
+def test_the_teacher_reads_the_prompt_in_its_own_template() -> None:
+    own = tiny.byte_level(template="{% for m in messages %}Q: {{ m['content'] }}{% endfor %} A: ")
+    by = teacher(tiny.loaded(seed=1, tokenizer=own))
+    prompt = tuple(own.encode("Q: What is 12 + 30? A: ", add_special_tokens=False))
+    assert prompt != LONG.prompt_ids and not by.foreign
+    [f] = answers(by, score(Wants.FULL, LONG))
+    np.testing.assert_allclose(f.logp, tiny.plain_logp(by.loaded.model, prompt, LONG.response_ids, STUDENT.vocab), atol=2e-5)
+    assert f.usage.read == len(prompt) + len(LONG.response_ids)
+
+
+def test_a_privileged_teacher_reads_its_own_view() -> None:
+    by, view = teacher(), Prompt(id="p", messages=({"role": "user", "content": "What is 12 + 30? The answer is 42."},))
+    [f] = answers(by, replace(score(Wants.FULL, LONG), view=view))
+    prompt = chat.prompt_ids(STUDENT.tokenizer, view)
+    np.testing.assert_allclose(f.logp, tiny.plain_logp(by.loaded.model, prompt, LONG.response_ids, STUDENT.vocab), atol=2e-5)
+
+
+# --- continuations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_shared_prefixes_change_no_text(family: str) -> None:
+    asks = [*(go_on(LONG, start) for start in (0, 4, 13)), *(go_on(r, 1) for r in ROLLOUTS[:3])]
+    loaded = tiny.loaded(family, seed=1)
+    shared, naive = (answers(teacher(loaded, share=share), *asks) for share in (True, False))
+    assert [f.texts for f in shared] == [f.texts for f in naive]
+    assert [f.finishes for f in shared] == [f.finishes for f in naive]
+    alone = [answers(teacher(loaded), ask)[0].texts for ask in asks]
+    assert [f.texts for f in shared] == alone
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_teacher_never_reads_the_chunk(foreign: bool) -> None:
+    """Whatever the student wrote from the anchor on, the continuations are the same; what it wrote before matters."""
+    tokenizer = tiny.byte_level(270) if foreign else None
+    by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer))
+    assert by.foreign == foreign
+    start = 8
+    other = replace(LONG, response_ids=(*LONG.response_ids[:start], *LONG.response_ids[:8]))
+    other = replace(other, pieces=chat.pieces(STUDENT.tokenizer, other.response_ids), old_logp=None, entropy=None)
+    assert other.text(start, 6) != LONG.text(start, 6)
+    before = replace(LONG, response_ids=(LONG.response_ids[1], *LONG.response_ids[1:]))
+    before = replace(before, pieces=chat.pieces(STUDENT.tokenizer, before.response_ids))
+    a, b, c = (answers(by, go_on(r, start), go_on(r, start + 4))[0].texts for r in (LONG, other, before))
+    assert a == b != c
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_what_the_model_read_is_prompt_and_prefix(foreign: bool) -> None:
+    tokenizer = tiny.byte_level(270) if foreign else tiny.byte_level()
+    by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer))
+    read: list[int] = []
+    handle = by.loaded.model.register_forward_pre_hook(lambda _, args, kw: read.extend(kw["input_ids"][0].tolist()), with_kwargs=True)
+    [f] = answers(by, go_on(LONG, 5, length=1, n=1))
+    handle.remove()
+    prefix = tokenizer.encode(LONG.text(0, 5), add_special_tokens=False)
+    want = [*chat.prompt_ids(tokenizer, LONG.prompt), *prefix]
+    assert read[: len(want)] == want
+    assert len(read) == len(want) + f.usage.written - 1  # the last token it writes is not read
+
+
+def test_chunks_and_continuations_have_random_numbers_of_their_own() -> None:
+    same = tiny.rollout(STUDENT, "aaaaaaaaaaaa", ask=tiny.prompt("a"))
+    first, second = answers(teacher(), go_on(same, 2, n=4), go_on(same, 3, n=4))
+    assert len({*first.texts, *second.texts}) == 8
+    other = replace(same, seed=8)
+    assert answers(teacher(), go_on(other, 2, n=4))[0].texts != first.texts
+    assert answers(teacher(), go_on(same, 2, n=2))[0].texts == first.texts[:2]
+
+
+def test_usage_counts_every_request_and_what_it_shared() -> None:
+    p = len(LONG.prompt_ids)
+    first, second = answers(teacher(), go_on(LONG, 4, n=2), go_on(LONG, 9, n=3))
+    assert (first.usage.read, first.usage.cached) == (2 * (p + 4), 2 * (p + 3))  # the last token is always read anew
+    assert (second.usage.read, second.usage.cached) == (3 * (p + 9), 3 * (p + 8))
+    [f] = answers(teacher(), go_on(LONG, 4, length=5, n=2))
+    lengths = [5 if end == "length" else None for end in f.finishes]
+    assert f.usage.written == 10 or None in lengths
+    [scored] = answers(teacher(), score(Wants.SAMPLED, LONG, start=2, length=4))
+    assert (scored.usage.read, scored.usage.written) == (p + 6, 0)
+
+
+def test_a_foreign_teacher_offers_text_in_the_students_measure() -> None:
+    tokenizer = tiny.byte_level(270)
+    by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer))
+    assert by.offers is Wants.TEXT and teacher().offers is Wants.FULL and teacher(text_only=True).offers is Wants.TEXT
+    length = 7
+    mine = answers(by, go_on(LONG, 5, length=length, n=8))[0]
+    theirs = answers(by, go_on(LONG, 5, length=round(SLACK * length), n=8, unit="teacher"))[0]
+    assert mine.usage.written == theirs.usage.written
+    for cut, whole in zip(mine.texts, theirs.texts, strict=True):
+        assert cut == chat.cut(STUDENT.tokenizer, whole, length)
+        assert len(STUDENT.tokenizer.encode(cut, add_special_tokens=False)) <= length
+
+
+def test_a_response_of_one_token_can_be_asked_about() -> None:
+    one = tiny.rollout(STUDENT, "4")
+    scored, written = answers(teacher(), score(Wants.SAMPLED, one), go_on(one, 0, length=1))
+    assert scored.sampled is not None and scored.sampled.shape == (1,)
+    assert len(written.texts) == 3
