@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need: Python 3.11 and a C compiler are enough.
+# `make demo` and `make test` set up all they need: Python 3.11 is enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

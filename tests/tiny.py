@@ -62,7 +62,8 @@ def model(family: str, vocab: int, seed: int = 0, **changes: Any) -> Any:
         made = Qwen2ForCausalLM(Qwen2Config(**size, tie_word_embeddings=True))
     else:
         made = LlamaForCausalLM(LlamaConfig(**size))
-    made.generation_config.eos_token_id = made.generation_config.bos_token_id = None
+    for config in (made.config, made.generation_config):  # transformers' defaults are other models' tokens
+        config.eos_token_id = config.bos_token_id = None
     return made.eval().requires_grad_(False)
 
 

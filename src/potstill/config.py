@@ -24,9 +24,11 @@ class LoRA(Part):
     """Train a low-rank adapter instead of all weights."""
 
     rank: int = Field(16, gt=0)
+    """Rank of the adapter's matrices."""
     alpha: int = Field(32, gt=0)
     """The adapter is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs dropped in training."""
     modules: tuple[str, ...] = ()
     """Names of the layers to adapt; empty: every linear layer but the output."""
 
@@ -37,6 +39,7 @@ class Student(Part):
     path: str
     """Hugging Face folder, hub name, adapter folder, .gguf file, or lab/NAME for a bundled model."""
     dtype: DType = "float32"
+    """Of its weights."""
     device: str = "auto"
     """`auto`: a GPU if there is one, else the CPU."""
     eos: tuple[str, ...] | None = None
@@ -48,13 +51,19 @@ class Teacher(Part):
     """The model that corrects."""
 
     kind: Literal["hf"] = "hf"
+    """`hf`: a Hugging Face model in this process."""
     path: str
+    """As student.path."""
     dtype: DType = "float32"
+    """Of its weights and arithmetic."""
     device: str = "auto"
+    """As student.device."""
     eos: tuple[str, ...] | None = None
+    """As student.eos."""
     temperature: float = Field(1.0, ge=0)
     """Of the text it writes. Scores are always at 1."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Of the text it writes: only the likeliest tokens that together have this probability."""
     text_only: bool = False
     """Treat it as a teacher that returns nothing but text, even if it shares the student's tokenizer."""
     batch_cells: int = Field(65_536, gt=0)
@@ -71,18 +80,24 @@ class Rollouts(Part):
     max_tokens: int = Field(48, gt=0)
     """Longest answer, in student tokens, in training and in evaluation."""
     batch_cells: int = Field(65_536, gt=0)
+    """Rows times tokens held in the student's cache at once: the bound on memory."""
 
 
 class Learner(Part):
     """AdamW."""
 
     lr: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up. Policy gradients (sampled_kl, omniopd) want less than opd: 6e-4 and below."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls from `lr` after warm-up: not at all, in a line to 0, or along a half cosine to 0."""
     warmup: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the mean square."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled: each step takes lr * weight_decay of every weight."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
     micro_batch: int = Field(0, ge=0)
@@ -95,6 +110,7 @@ class Evaluation(Part):
     """Held-out questions, asked before the first step, every so often, and after the last."""
 
     split: Literal["validation", "test"] = "validation"
+    """Choose fields on `validation`, report `test`."""
     questions: int = Field(256, ge=0)
     """0: never ask; for data without answers."""
     samples: int = Field(4, gt=0)
@@ -124,6 +140,7 @@ class Config(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the run, under runs/."""
     seed: int = Field(0, ge=0)
+    """Every random number of the run derives from it."""
     steps: int = Field(gt=0)
     """Optimiser steps."""
     student: Student

@@ -186,7 +186,9 @@ class Stop:
             self._before = signal.signal(signal.SIGINT, self._hear)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._ours:
             signal.signal(signal.SIGINT, self._before)
 

@@ -6,7 +6,7 @@ padding, and are cut off wherever logits are used, so that models padded to diff
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,8 @@ def source(path: str) -> tuple[str, dict[str, str]]:
         return str(file.parent), {"gguf_file": file.name}
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise ModelError(f"there is no folder {path}. Give a Hugging Face folder, a hub name, a .gguf file or lab/NAME")
+    if path.startswith("models/") and not Path(path).is_dir():  # never a hub name: no organisation is called `models`
+        raise ModelError(f"there is no folder {path} here. `make models` fetches the models that the recipes name")
     return str(Path(path).expanduser()) if path.startswith("~") else path, {}
 
 
@@ -82,9 +84,11 @@ def adapter_base(path: str) -> str | None:
 def load_tokens(path: str, eos: tuple[str, ...] | None = None) -> Tokens:
     """The tokenizer of a model, without its weights. `eos` overrides the tokens that end a response. Raises ModelError."""
     where, gguf = source(path)
+    base = adapter_base(where)
+    if base and not (Path(where) / "tokenizer_config.json").is_file():
+        return replace(load_tokens(base, eos), name=path)  # an adapter that brings no tokenizer uses its base's
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        base = adapter_base(where)
         config = AutoConfig.from_pretrained(source(base)[0] if base else where, **({} if base else gguf))
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -141,7 +145,8 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
         ) from None
     if gguf:
         model = _without_quantization(model)
-    return Loaded(model.to(device=device, dtype=kind).eval().requires_grad_(False), tokens)
+    # Already of the right type. `.to(dtype)` would also round what transformers keeps in float32: the rotary frequencies.
+    return Loaded(model.to(device=device).eval().requires_grad_(False), tokens)
 
 
 def _without_quantization(model: Any) -> Any:

@@ -41,6 +41,12 @@ ROLLOUTS = [
 LONG = tiny.rollout(STUDENT, "the dog sat on the mat. What is 12 + 30? It is 42 and done")
 
 
+def of_ids(ids: tuple[int, ...]) -> Rollout:
+    """LONG's prompt and seed with another response."""
+    pieces = chat.pieces(STUDENT.tokenizer, ids)
+    return replace(LONG, response_ids=ids, pieces=pieces, old_logp=None, entropy=None)
+
+
 def plain(by: HFTeacher, ask: Ask) -> torch.Tensor:
     prompt = chat.prompt_ids(by.loaded.tokens.tokenizer, ask.view)
     return tiny.plain_logp(by.loaded.model, prompt, ask.rollout.response_ids, STUDENT.vocab)[ask.start :][: ask.length]
@@ -140,13 +146,11 @@ def test_the_teacher_never_reads_the_chunk(foreign: bool) -> None:
     tokenizer = tiny.byte_level(270) if foreign else None
     by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer))
     assert by.foreign == foreign
-    start = 8
-    other = replace(LONG, response_ids=(*LONG.response_ids[:start], *LONG.response_ids[:8]))
-    other = replace(other, pieces=chat.pieces(STUDENT.tokenizer, other.response_ids), old_logp=None, entropy=None)
-    assert other.text(start, 6) != LONG.text(start, 6)
-    before = replace(LONG, response_ids=(LONG.response_ids[1], *LONG.response_ids[1:]))
-    before = replace(before, pieces=chat.pieces(STUDENT.tokenizer, before.response_ids))
-    a, b, c = (answers(by, go_on(r, start), go_on(r, start + 4))[0].texts for r in (LONG, other, before))
+    start, ids = 8, LONG.response_ids
+    a, b, c = (
+        answers(by, go_on(r, start), go_on(r, start + 4))[0].texts
+        for r in (LONG, of_ids((*ids[:start], *ids[:10])), of_ids((ids[1], *ids[1:])))
+    )
     assert a == b != c
 
 

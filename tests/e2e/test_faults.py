@@ -19,7 +19,7 @@ from tests.e2e.small import OVERRIDES, Command, Ended, command, parsed, recipe
 
 from potstill import loop, models
 from potstill.build import build
-from potstill.errors import PotstillError, TeacherError, TrainingError
+from potstill.errors import TeacherError, TrainingError
 from potstill.lab import model_path
 from potstill.run import Run, load_run
 
@@ -70,7 +70,12 @@ RECIPES = {
         "did you mean 'pattern'?",
     ),
     "misspelt field of lora": (["student.lora.rnk=1"], "student.lora.rnk", "did you mean 'rank'?"),
-    "several faults at once": (["steps=0", "learner.lr=-1", "method.beta=2"], "steps = 0", "learner.lr = -1", "method.beta = 2"),
+    "several faults at once": (
+        ["steps=0", "learner.lr=-1", "method.beta=2"],
+        "steps = 0",
+        "learner.lr = -1",
+        "method.beta = 2",
+    ),
     "out of range": (["method.beta=1.5"], "method.beta = 1.5", "less than or equal to 1"),
     "not a number": (["learner.lr=fast"], "learner.lr = 'fast'", "valid number"),
     "infinite": (["learner.lr=inf"], "learner.lr = inf", "finite"),
@@ -103,7 +108,12 @@ RECIPES = {
         "rollouts.group = 2",
         "rollouts.group = 1",
     ),
-    "temperature without effect": (["teacher.temperature=0.7"], "teacher.temperature", "no effect", "teacher_temperature"),
+    "temperature without effect": (
+        ["teacher.temperature=0.7"],
+        "teacher.temperature",
+        "no effect",
+        "teacher_temperature",
+    ),
     "chunks longer than answers": (
         ["method.name=omniopd", "teacher.text_only=true"],
         "method.chunk_length = 50",
@@ -216,7 +226,8 @@ def test_a_student_whose_weights_are_no_numbers(here: Path, potstill: Command):
     save_file(state, weights, {"format": "pt"})
     refused(potstill("train", "tiny.toml", "student.path=./student"), "step 1", "nan", "learning rate")
     run = load_run(here / "runs" / "tiny")
-    assert run.metrics == [] and run.latest() is None
+    assert run.metrics == []
+    assert run.latest() is None
     assert [row["step"] for row in run.evals] == [0, 0]
 
 
@@ -264,7 +275,8 @@ def test_a_teacher_that_gives_up_in_the_middle(here: Path, monkeypatch: pytest.M
     run = load_run(here / "runs" / "tiny")
     assert [row["step"] for row in run.metrics] == [1, 2]
     latest = run.latest()
-    assert latest and latest[0] == 2
+    assert latest
+    assert latest[0] == 2
     models.load(str(latest[1]))
     monkeypatch.setattr(HFTeacher, "feedback", answer)
     assert potstill(*arguments, "--resume").code == 0
@@ -349,9 +361,12 @@ def test_wrong_arguments(here: Path, run: Run, potstill: Command):
 @contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[Path]:
     folder.mkdir()
-    if os.geteuid() or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True
-    ).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
         pytest.skip("only root can mount a small disk")
     try:
         yield folder

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.e2e.small import OVERRIDES, RECIPE, parsed, recipe
 
 from potstill import loop
 from potstill.run import Run, load_run
-from tests.e2e.small import OVERRIDES, RECIPE, parsed, recipe
 
 LORA = "student.lora={rank=2, alpha=4, dropout=0.1, modules=['q_proj', 'v_proj']}"
 LONG = ("steps=6", "save.every=2", "eval.every=3", "save.rollouts_every=1")
-KINDS = {name: overrides for name, overrides in OVERRIDES.items()} | {
+KINDS = OVERRIDES | {
     "opd with lora": (*OVERRIDES["opd"], LORA),
     "omniopd with lora": (*OVERRIDES["omniopd"], LORA),
     "opd in micro-batches, cosine": ("learner={micro_batch=3, schedule='cosine', warmup=2}", "rollouts.group=2"),
@@ -51,7 +51,9 @@ class Killer:
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what no two runs share."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in ("cpu_s", "eval_cpu_s")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k not in ("cpu_s", "eval_cpu_s")} for row in rows
+    ]
 
 
 def assert_same(a: Run, b: Run) -> None:
@@ -115,7 +117,8 @@ def test_going_back_to_an_older_checkpoint(tmp_path: Path):
         loop.train(config, tmp_path, resume=True, watch=Killer("step", 5))
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 5]
     latest = loop.train(config, tmp_path, resume=True).latest()
-    assert latest and latest[0] == 6
+    assert latest
+    assert latest[0] == 6
     assert untimed(run.metrics) == first
 
 
@@ -125,7 +128,9 @@ def test_going_back_to_an_older_checkpoint(tmp_path: Path):
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "potstill", "train", "tiny.toml", *LONG, *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -168,7 +173,8 @@ def test_sigint(tmp_path: Path):
     assert "interrupted after step" in errors
     assert "--resume" in errors
     latest = load_run(run).latest()
-    assert latest and latest[0] == load_run(run).metrics[-1]["step"]
+    assert latest
+    assert latest[0] == load_run(run).metrics[-1]["step"]
 
 
 def test_ctrl_c_belongs_to_the_caller_again_after_a_run(tmp_path: Path):

@@ -32,7 +32,7 @@ def test_a_table_shows_choices_limits_and_defaults() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "docs.py"))
     shown = tool["table"](tool["config"].Learner)
     assert "| `lr` | number, > 0 | `0.001` |" in shown
-    assert "| `schedule` | `\"constant\"` or `\"linear\"` or `\"cosine\"` | `\"constant\"` |" in shown
+    assert '| `schedule` | `"constant"` or `"linear"` or `"cosine"` | `"constant"` |' in shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -110,11 +110,11 @@ class LocalLearner:
         return Loaded(self.model, self.tokens)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 1: linear warm-up, then the schedule."""
+        """Learning rate of a step, counted from 1: linear warm-up, then the schedule, which ends just above 0."""
         c = self.config
         if step <= c.warmup:
             return c.lr * step / c.warmup
-        done = (step - c.warmup) / max(self.steps - c.warmup, 1)
+        done = (step - 1 - c.warmup) / max(self.steps - c.warmup, 1)
         if c.schedule == "cosine":
             return c.lr * (0.5 + 0.5 * torch.cos(torch.tensor(done * torch.pi)).item())
         return c.lr * (1 - done) if c.schedule == "linear" else c.lr
@@ -169,6 +169,7 @@ class LocalLearner:
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
         if self.lora:
             self.model.save_pretrained(folder / "adapter")
+            self.tokens.tokenizer.save_pretrained(folder / "adapter")
             state["adapter"] = {k: v for k, v in self.model.state_dict().items() if "lora_" in k}
             merged = copy.deepcopy(self.model).merge_and_unload()
         else:
