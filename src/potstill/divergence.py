@@ -48,7 +48,8 @@ def jsd(student_logits: Logits, teacher_logits: Logits, beta: float = 0.5) -> Na
     if beta == 1:
         return reverse_kl(student_logits, teacher_logits)
     s, t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
+    neither = (s == -math.inf) & (t == -math.inf)  # log(0 + 0) has no gradient; what stands here instead is not used
+    m = torch.logaddexp(t + math.log(beta), (s + math.log1p(-beta)).masked_fill(neither, 0.0))
     return beta * _kl(t, m) + (1 - beta) * _kl(s, m)
 
 

@@ -65,7 +65,7 @@ def score(groups: Sequence[Sequence[Rollout]], verifier: Verifier) -> Row:
     return row | {"questions": len(groups), "scores": [round(float(x), 6) for x in per_question[f"avg@{k}"]]}
 
 
-def _per_question(values: Sequence[Sequence[float | bool]]) -> Any:
+def _per_question(values: Sequence[Sequence[int | float]]) -> Any:
     return np.array(values, dtype=float).mean(1)
 
 

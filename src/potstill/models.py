@@ -89,7 +89,8 @@ def load_tokens(path: str, eos: tuple[str, ...] | None = None) -> Tokens:
         return replace(load_tokens(base, eos), name=path)  # an adapter that brings no tokenizer uses its base's
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        config = AutoConfig.from_pretrained(source(base)[0] if base else where, **({} if base else gguf))
+        where = source(base)[0] if base else where
+        config = AutoConfig.from_pretrained(where, **({} if base else gguf))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be loaded as a causal language model: {_first_line(error)}. "

@@ -20,12 +20,13 @@ task = {kind = "arithmetic"}
 method = {name = "opd"}
 """
 
+TASK, METHOD = {"kind": "arithmetic"}, {"name": "opd"}
 RAW: dict[str, Any] = {
     "name": "x",
     "steps": 3,
     "student": {"path": "lab/student"},
-    "task": {"kind": "arithmetic"},
-    "method": {"name": "opd"},
+    "task": TASK,
+    "method": METHOD,
 }
 
 
