@@ -53,21 +53,24 @@ _TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 def _grown(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """What the text grows by with each token, read through a window of the last few."""
+    """What the text grows by with each token, read together with the text before it.
+
+    The window begins where a character does: a decoder of single bytes gives up a whole run that begins inside one.
+    """
     special = set(tokenizer.all_special_ids)
     out: list[str] = []
-    done, before = 0, ""  # tokens whose text is settled, and the text of the last few of them
+    start, done, before = 0, 0, ""  # tokens up to `done` are settled; `before` is the text of the last of them
     for t, token in enumerate(ids):
         if token in special:
             out.append("")
             continue
-        after = tokenizer.decode(list(ids[max(done - LONGEST, 0) : t + 1]), **PLAIN)
+        after = tokenizer.decode(list(ids[start : t + 1]), **PLAIN)
         if after.endswith(REPLACEMENT) and t - done < LONGEST and t + 1 < len(ids):
             out.append("")  # the rest of the character is still to come
             continue
         out.append(after[len(before) :])
-        done = t + 1
-        before = tokenizer.decode(list(ids[max(done - LONGEST, 0) : done]), **PLAIN)
+        start, done = done, t + 1
+        before = tokenizer.decode(list(ids[start:done]), **PLAIN)
     return tuple(out)
 
 

@@ -5,6 +5,7 @@ Heavy modules are imported inside the verbs, so that --help, methods and report 
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,8 +239,15 @@ def _checkpoint(path: str, task: str | None, overrides: Sequence[str]) -> tuple[
     return path, config.parse_part(registry.task_class(raw["kind"]), raw, overrides, "task")
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C. Were it Python's own handler, asyncio would put its in place, which waits for a pause that never comes."""
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit. The user's mistakes are one message; ours keep their traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small models on a shared CPU, two threads are slower than one
     try:
         app(arguments, prog_name="potstill")

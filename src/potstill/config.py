@@ -242,7 +242,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str) -> Itera
         elif e["type"] == "missing":
             yield f"{where}: missing, and it has no default"
         else:
-            yield f"{where} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
+            message = e["msg"].removeprefix("Value error, ")
+            yield f"{where} = {e['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

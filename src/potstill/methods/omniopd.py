@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from potstill.chunks import Overlap, Scheduler, chunk_prior, chunk_target, plan_chunks
 from potstill.divergence import forward_kl
@@ -56,6 +56,12 @@ class OmniOPD(Method):
     """Where two anchors are closer than C: take the next position, merge the chunks, or draw another position."""
     unit: Literal["student", "teacher"] = "student"
     """Whose tokens the teacher's C counts."""
+
+    @field_validator("similarity")
+    @classmethod
+    def _installed(cls, name: str) -> str:
+        similarity(name)
+        return name
 
     @property
     def wants(self) -> Wants:
