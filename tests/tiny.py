@@ -5,15 +5,34 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from potstill.models import Loaded, Tokens
 from potstill.types import Prompt, Rollout
 
-CORPUS = ["What is 12 + 30? It is 42.", "the cat sat on the mat and the dog sat on the cat", "naïve café — 你好 🙂🙃 done"]
-TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
-SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+CORPUS = [
+    "What is 12 + 30? It is 42.",
+    "the cat sat on the mat and the dog sat on the cat",
+    "naïve café — 你好 🙂🙃 done",
+]
+TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
 WINDOW = 8
 
 
@@ -25,7 +44,10 @@ def byte_level(size: int = 300, template: str | None = TEMPLATE) -> PreTrainedTo
     backend.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|bot|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
     return _wrapped(backend, template)
 
 
@@ -34,7 +56,9 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     """Words joined by a visible space, bytes for what is not in the vocabulary, as in Llama 2 and Gemma."""
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     vocabulary = ["<|pad|>", "<|end|>", "<|user|>", "<|bot|>", "<unk>", *bytes_, "▁", *"abcdehimnost", "é", "▁t"]
-    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, [("▁", "t")], byte_fallback=True, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(vocabulary)}, [("▁", "t")], byte_fallback=True, unk_token="<unk>")
+    )
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return _wrapped(backend, TEMPLATE)
@@ -57,7 +81,9 @@ def model(family: str, vocab: int, seed: int = 0, **changes: Any) -> Any:
     size = SIZE | {"vocab_size": vocab, "initializer_range": 0.3, "max_position_embeddings": 512} | changes
     if family == "gemma3":  # a sliding layer, then a full one
         kinds = ["sliding_attention", "full_attention"]
-        made = Gemma3ForCausalLM(Gemma3TextConfig(**size, head_dim=8, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8))
+        made = Gemma3ForCausalLM(
+            Gemma3TextConfig(**size, head_dim=8, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8)
+        )
     elif family == "qwen2":
         made = Qwen2ForCausalLM(Qwen2Config(**size, tie_word_embeddings=True))
     else:
@@ -94,7 +120,9 @@ def padded(made: Any, rows: int) -> Any:
 def plain_logp(made: Any, prefix: tuple[int, ...], ids: tuple[int, ...], vocab: int) -> torch.Tensor:
     """[T, V] by one forward pass over one sequence: no cache, no padding, no mask."""
     with torch.no_grad():
-        logits = made(input_ids=torch.tensor([[*prefix, *ids]]), use_cache=False).logits[0, len(prefix) - 1 : -1, :vocab]
+        logits = made(input_ids=torch.tensor([[*prefix, *ids]]), use_cache=False).logits[
+            0, len(prefix) - 1 : -1, :vocab
+        ]
     return logits.float().log_softmax(-1)
 
 
@@ -102,7 +130,9 @@ def prompt(text: str = "What is 12 + 30?", id: str = "p") -> Prompt:
     return Prompt(id=id, messages=({"role": "user", "content": text},), answer="42")
 
 
-def rollout(of: Tokens, text: str, *, ask: Prompt | None = None, sample: int = 0, seed: int = 7, **fields: Any) -> Rollout:
+def rollout(
+    of: Tokens, text: str, *, ask: Prompt | None = None, sample: int = 0, seed: int = 7, **fields: Any
+) -> Rollout:
     """A rollout that says `text`, with made-up log-probs and entropies."""
     from potstill import chat
 

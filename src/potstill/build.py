@@ -185,9 +185,10 @@ def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: HFT
         return DataSampler(learner.tokens, max_tokens=room)
     if method.author == "teacher":
         assert teacher is not None
-        # A foreign teacher may need more tokens for the same text; what is too long for the student is cut later.
+        # A foreign teacher may need more tokens for the same text; what is too long for the student is then cut.
         limit = room * 2 if teacher.foreign else room
-        return Translated(HFSampler(teacher.loaded, max_tokens=limit, decoding=teacher.how), learner.tokens)
+        writer = HFSampler(teacher.loaded, max_tokens=limit, decoding=teacher.how)
+        return Translated(writer, learner.tokens, max_tokens=room)
     return HFSampler(learner.loaded, max_tokens=room, decoding=Decoding(cells=cells))
 
 

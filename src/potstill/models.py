@@ -146,6 +146,7 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
         ) from None
     if gguf:
         model = _without_quantization(model)
+        model.name_or_path = path  # what an adapter trained on it will name as its base
     # Already of the right type. `.to(dtype)` would also round what transformers keeps in float32: the rotary frequencies.
     return Loaded(model.to(device=device).eval().requires_grad_(False), tokens)
 

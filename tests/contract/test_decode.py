@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
+from tests.tiny import plain_logp
 
 from potstill.decode import Decoding, Row, Written, write
 from potstill.seeds import derive
-from tests import tiny
-from tests.tiny import plain_logp
 
 V = 40
 FAMILIES = ["llama", "qwen2", "gemma3"]
@@ -52,7 +52,9 @@ def test_greedy_text_is_that_of_generate(family: str) -> None:
     got = write(model, TRUNKS, ROWS, vocab=V, eos=(), how=GREEDY)
     for row, w in zip(ROWS, got, strict=True):
         ids = torch.tensor([row.prefix])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=row.limit, pad_token_id=0)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=row.limit, pad_token_id=0
+        )
         assert w.ids == tuple(out[0, len(row.prefix) :].tolist())
 
 
@@ -61,7 +63,9 @@ def test_logp_and_entropy_are_those_of_a_plain_forward_pass(family: str) -> None
     model = tiny.model(family, V)
     for row, w in zip(ROWS, write(model, TRUNKS, ROWS, vocab=V, eos=()), strict=True):
         logp = plain_logp(model, row.prefix, w.ids, V)
-        torch.testing.assert_close(torch.tensor(w.logp), logp.gather(-1, torch.tensor(w.ids)[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(w.logp), logp.gather(-1, torch.tensor(w.ids)[:, None])[:, 0], atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(torch.tensor(w.entropy), -(logp.exp() * logp).sum(-1), atol=1e-5, rtol=1e-5)
 
 
@@ -139,7 +143,8 @@ def test_a_row_ends_with_its_first_end_token_and_the_others_go_on() -> None:
     for f, e in zip(free, ended, strict=True):
         ends = [t for t, token in enumerate(f.ids) if token in (2, 5)]
         assert e.ids == (f.ids[: ends[0] + 1] if ends else f.ids)
-        assert e.finish == ("stop" if ends else "length") and f.finish == "length"
+        assert e.finish == ("stop" if ends else "length")
+        assert f.finish == "length"
         assert len(e.ids) == len(e.logp) == len(e.entropy)
     assert {e.finish for e in ended} == {"stop", "length"}
 

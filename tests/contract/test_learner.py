@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 from transformers import AutoModelForCausalLM
 
 from potstill import models
@@ -24,7 +25,6 @@ from potstill.methods.sampled_kl import SampledKL
 from potstill.methods.sft import SFT
 from potstill.models import Loaded
 from potstill.types import Ask, Feedback, Reviewed, Target, Wants
-from tests import tiny
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
 METHODS: dict[str, Method] = {
@@ -54,7 +54,9 @@ def said(ask: Ask, vocab: int = STUDENT.vocab) -> Feedback:
 
 
 def targets(method: Method, texts: list[str] = TEXTS) -> list[Target]:
-    made = [tiny.rollout(STUDENT, text, ask=tiny.prompt("Why? " * (1 + i % 3), id=text)) for i, text in enumerate(texts)]
+    made = [
+        tiny.rollout(STUDENT, text, ask=tiny.prompt("Why? " * (1 + i % 3), id=text)) for i, text in enumerate(texts)
+    ]
     return method.targets([Reviewed(rollout=r, feedback=tuple(said(a) for a in method.asks(r))) for r in made])
 
 
@@ -91,7 +93,8 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_logp_is_that_of_a_plain_forward_pass_whatever_the_padding(family: str) -> None:
     by = learner(tiny.loaded(family, padding=16))
     batch = collate(targets(SFT()))
-    assert len({len(p) for p in batch.prompt_ids}) > 1 and batch.mask.sum() < batch.mask.numel()
+    assert len({len(p) for p in batch.prompt_ids}) > 1
+    assert batch.mask.sum() < batch.mask.numel()
     policy = by.policy(batch)
     three = batch.labels[..., None] + torch.tensor([0, -1, -2])
     three = three.clamp(min=0)
@@ -100,7 +103,9 @@ def test_logp_is_that_of_a_plain_forward_pass_whatever_the_padding(family: str) 
         want = tiny.plain_logp(by.model, t.rollout.prompt_ids, ids, STUDENT.vocab)
         row = slice(0, len(ids))
         torch.testing.assert_close(policy.logp_all()[i, row], want, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(policy.logp(batch.labels)[i, row], want.gather(-1, torch.tensor(ids)[:, None])[:, 0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            policy.logp(batch.labels)[i, row], want.gather(-1, torch.tensor(ids)[:, None])[:, 0], atol=2e-5, rtol=1e-5
+        )
         torch.testing.assert_close(policy.logp_at(three)[i, row], want.gather(-1, three[i, row]), atol=2e-5, rtol=1e-5)
 
 
@@ -139,7 +144,9 @@ def test_the_gradient_does_not_depend_on_the_split_the_order_or_the_padding(meth
     assert scale > 1e-3
     for order, micro in [(batch, 1), (batch, 2), (batch, 4), (batch[::-1], 0), (batch[::-1], 4)]:
         for name, got in of(order, micro).items():
-            torch.testing.assert_close(got, whole[name], atol=1e-6 * max(scale, 1), rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got, whole[name], atol=1e-6 * max(scale, 1), rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @METHOD
@@ -157,7 +164,9 @@ def test_padding_rows_of_the_output_layer_get_no_gradient(method: Method, family
     scale = max(g.abs().max().item() for g in a.values())
     for name, small in a.items():
         big = b[name]
-        torch.testing.assert_close(big[tuple(slice(n) for n in small.shape)], small, atol=1e-6 * max(scale, 1), rtol=1e-5)
+        torch.testing.assert_close(
+            big[tuple(slice(n) for n in small.shape)], small, atol=1e-6 * max(scale, 1), rtol=1e-5
+        )
         assert big[small.shape[0] :].abs().sum() == 0
 
 
@@ -194,7 +203,9 @@ def test_learning_rates_by_hand() -> None:
     assert rates(6, schedule="linear", warmup=2) == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
     half = 0.5**0.5
     assert rates(4, schedule="cosine") == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
-    assert all(rate > 0 for s in ("linear", "cosine") for n in (1, 2, 3) for rate in rates(n, schedule=s))  # none is wasted
+    assert all(
+        rate > 0 for s in ("linear", "cosine") for n in (1, 2, 3) for rate in rates(n, schedule=s)
+    )  # none is wasted
     by = learner(steps=4, lr=1.0, schedule="linear")
     assert [by.step(targets(SFT()), SFT(), i)["lr"] for i in (1, 3)] == pytest.approx([1, 0.5])
     assert by.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
@@ -221,7 +232,8 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone() -> None:
     bad = replace(bad, advantage=bad.advantage * float("nan"))
     with pytest.raises(TrainingError, match=r"step 3: loss is nan.*weights are those of step 2"):
         by.step([*targets(SampledKL()), bad], SampledKL(), 3)
-    assert equal(weights(by), before) and not by.optimizer.state
+    assert equal(weights(by), before)
+    assert not by.optimizer.state
 
 
 def test_a_step_on_frozen_targets_lowers_the_loss() -> None:
@@ -270,7 +282,8 @@ def test_a_checkpoint_loads_in_transformers(family: str, tmp_path: Path) -> None
     if family == "qwen2":
         return  # transformers puts the tokenizer class of Qwen2 around any tokenizer next to such a model
     again = models.load(str(tmp_path))
-    assert again.tokens.vocab == STUDENT.vocab and again.tokens.eos == STUDENT.eos
+    assert again.tokens.vocab == STUDENT.vocab
+    assert again.tokens.eos == STUDENT.eos
     assert models.same_tokenizer(again.tokens, STUDENT) is None
     assert not any(p.requires_grad for p in again.model.parameters())
 
@@ -285,7 +298,8 @@ def test_lora_moves_the_adapter_only_and_saves_both_forms(tmp_path: Path) -> Non
     moved_away(by)
     after = weights(by)
     moved = {n for n in after if not torch.equal(after[n], before[n])}
-    assert moved and all("lora_" in n for n in moved)
+    assert moved
+    assert all("lora_" in n for n in moved)
     assert not any("lm_head" in n for n in moved)
 
     by.save(tmp_path / "out")
@@ -296,7 +310,9 @@ def test_lora_moves_the_adapter_only_and_saves_both_forms(tmp_path: Path) -> Non
         torch.testing.assert_close(got.model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
         assert got.tokens.vocab == STUDENT.vocab
     initial = load_file(tmp_path / "base" / "model.safetensors")
-    kept = {n.removeprefix("base_model.model.").replace(".base_layer", ""): w for n, w in after.items() if "lora_" not in n}
+    kept = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): w for n, w in after.items() if "lora_" not in n
+    }
     assert all(torch.equal(kept[n], w) for n, w in initial.items())
     assert torch.equal(by.model(input_ids=ids).logits, want)  # saving did not merge the model that goes on training
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests import tiny
 
 from potstill import chat
 from potstill.decode import Decoding
 from potstill.models import Loaded
 from potstill.teachers.hf import SLACK, HFTeacher
 from potstill.types import Ask, Feedback, Prompt, Rollout, Wants
-from tests import tiny
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
 TEXTS = ["It is 42.", "the cat sat", "naïve café — 你好 🙂 done", "4"]
@@ -61,18 +61,22 @@ def test_scores_are_those_of_a_plain_forward_pass(family: str, cells: int) -> No
     by = teacher(tiny.loaded(family, seed=1), decoding=Decoding(cells=cells))
     asks = [score(Wants.FULL, r) for r in ROLLOUTS]
     for ask, f in zip(asks, answers(by, *asks), strict=True):
-        assert f.ask is ask and f.logp is not None and f.sampled is not None
+        assert f.ask is ask
+        assert f.logp is not None
+        assert f.sampled is not None
         want = plain(by, ask)
         np.testing.assert_allclose(f.logp, want, atol=2e-5)
         np.testing.assert_allclose(np.exp(f.logp).sum(-1), 1, atol=1e-5)
-        assert f.sampled.shape == (len(ask.rollout.response_ids),) and (f.sampled <= 0).all()
+        assert f.sampled.shape == (len(ask.rollout.response_ids),)
+        assert (f.sampled <= 0).all()
         np.testing.assert_array_equal(f.sampled, f.logp[np.arange(len(f.sampled)), list(ask.rollout.response_ids)])
 
 
 def test_a_part_of_the_response_is_scored_in_its_place() -> None:
     by = teacher()
     [f] = answers(by, score(Wants.FULL, LONG, start=4, length=3))
-    assert f.logp is not None and f.sampled is not None
+    assert f.logp is not None
+    assert f.sampled is not None
     np.testing.assert_allclose(f.logp, plain(by, score(Wants.FULL, LONG))[4:7], atol=2e-5)
     np.testing.assert_array_equal(f.sampled, f.logp[np.arange(3), list(LONG.response_ids[4:7])])
 
@@ -82,7 +86,10 @@ def test_top_k_is_the_top_of_the_whole(k: int) -> None:
     by = teacher()
     [full] = answers(by, score(Wants.FULL, LONG))
     [top] = answers(by, score(Wants.TOPK, LONG, k=k))
-    assert top.topk_ids is not None and top.topk_logp is not None and full.logp is not None and top.sampled is not None
+    assert top.topk_ids is not None
+    assert top.topk_logp is not None
+    assert full.logp is not None
+    assert top.sampled is not None
     assert top.topk_ids.shape == (len(LONG.response_ids), min(k, STUDENT.vocab))
     np.testing.assert_allclose(top.topk_logp, -np.sort(-full.logp, -1)[:, :k], atol=1e-6)
     for t, ids in enumerate(top.topk_ids.tolist()):
@@ -103,8 +110,10 @@ def test_answers_come_in_the_order_of_the_questions_whatever_was_asked() -> None
 def test_padding_rows_of_the_teacher_take_no_mass() -> None:
     narrow, wide = teacher(), teacher(tiny.loaded(seed=1, padding=128))
     [a], [b] = answers(narrow, score(Wants.FULL, LONG)), answers(wide, score(Wants.FULL, LONG))
-    assert a.logp is not None and b.logp is not None
-    assert not wide.foreign and b.logp.shape[-1] == STUDENT.vocab
+    assert a.logp is not None
+    assert b.logp is not None
+    assert not wide.foreign
+    assert b.logp.shape[-1] == STUDENT.vocab
     np.testing.assert_allclose(a.logp, b.logp, atol=1e-6)
     assert answers(narrow, go_on(LONG, 3))[0].texts == answers(wide, go_on(LONG, 3))[0].texts
 
@@ -113,9 +122,12 @@ def test_the_teacher_reads_the_prompt_in_its_own_template() -> None:
     own = tiny.byte_level(template="{% for m in messages %}Q: {{ m['content'] }}{% endfor %} A: ")
     by = teacher(tiny.loaded(seed=1, tokenizer=own))
     prompt = tuple(own.encode("Q: What is 12 + 30? A: ", add_special_tokens=False))
-    assert prompt != LONG.prompt_ids and not by.foreign
+    assert prompt != LONG.prompt_ids
+    assert not by.foreign
     [f] = answers(by, score(Wants.FULL, LONG))
-    np.testing.assert_allclose(f.logp, tiny.plain_logp(by.loaded.model, prompt, LONG.response_ids, STUDENT.vocab), atol=2e-5)
+    np.testing.assert_allclose(
+        f.logp, tiny.plain_logp(by.loaded.model, prompt, LONG.response_ids, STUDENT.vocab), atol=2e-5
+    )
     assert f.usage.read == len(prompt) + len(LONG.response_ids)
 
 
@@ -123,7 +135,9 @@ def test_a_privileged_teacher_reads_its_own_view() -> None:
     by, view = teacher(), Prompt(id="p", messages=({"role": "user", "content": "What is 12 + 30? The answer is 42."},))
     [f] = answers(by, replace(score(Wants.FULL, LONG), view=view))
     prompt = chat.prompt_ids(STUDENT.tokenizer, view)
-    np.testing.assert_allclose(f.logp, tiny.plain_logp(by.loaded.model, prompt, LONG.response_ids, STUDENT.vocab), atol=2e-5)
+    np.testing.assert_allclose(
+        f.logp, tiny.plain_logp(by.loaded.model, prompt, LONG.response_ids, STUDENT.vocab), atol=2e-5
+    )
 
 
 # --- continuations --------------------------------------------------------------------------------------------------
@@ -159,7 +173,9 @@ def test_what_the_model_read_is_prompt_and_prefix(foreign: bool) -> None:
     tokenizer = tiny.byte_level(270) if foreign else tiny.byte_level()
     by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer))
     read: list[int] = []
-    handle = by.loaded.model.register_forward_pre_hook(lambda _, args, kw: read.extend(kw["input_ids"][0].tolist()), with_kwargs=True)
+    handle = by.loaded.model.register_forward_pre_hook(
+        lambda _, args, kw: read.extend(kw["input_ids"][0].tolist()), with_kwargs=True
+    )
     [f] = answers(by, go_on(LONG, 5, length=1, n=1))
     handle.remove()
     prefix = tokenizer.encode(LONG.text(0, 5), add_special_tokens=False)
@@ -169,12 +185,14 @@ def test_what_the_model_read_is_prompt_and_prefix(foreign: bool) -> None:
 
 
 def test_chunks_and_continuations_have_random_numbers_of_their_own() -> None:
-    same = tiny.rollout(STUDENT, "aaaaaaaaaaaa", ask=tiny.prompt("a"))
-    first, second = answers(teacher(), go_on(same, 2, n=4), go_on(same, 3, n=4))
+    """A teacher that likes all tokens alike, whatever it reads, writes down its random numbers."""
+    noise = tiny.loaded(seed=1)
+    noise.model.lm_head.weight.zero_()
+    first, second = answers(teacher(noise), go_on(LONG, 2, n=4), go_on(LONG, 3, n=4))
     assert len({*first.texts, *second.texts}) == 8
-    other = replace(same, seed=8)
-    assert answers(teacher(), go_on(other, 2, n=4))[0].texts != first.texts
-    assert answers(teacher(), go_on(same, 2, n=2))[0].texts == first.texts[:2]
+    [other] = answers(teacher(noise), go_on(replace(LONG, seed=8), 2, n=4))
+    assert not {*other.texts} & {*first.texts}
+    assert answers(teacher(noise), go_on(LONG, 2, n=2))[0].texts == first.texts[:2]
 
 
 def test_usage_counts_every_request_and_what_it_shared() -> None:
@@ -192,7 +210,9 @@ def test_usage_counts_every_request_and_what_it_shared() -> None:
 def test_a_foreign_teacher_offers_text_in_the_students_measure() -> None:
     tokenizer = tiny.byte_level(270)
     by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer))
-    assert by.offers is Wants.TEXT and teacher().offers is Wants.FULL and teacher(text_only=True).offers is Wants.TEXT
+    assert by.offers is Wants.TEXT
+    assert teacher().offers is Wants.FULL
+    assert teacher(text_only=True).offers is Wants.TEXT
     length = 7
     mine = answers(by, go_on(LONG, 5, length=length, n=8))[0]
     theirs = answers(by, go_on(LONG, 5, length=round(SLACK * length), n=8, unit="teacher"))[0]
@@ -205,5 +225,6 @@ def test_a_foreign_teacher_offers_text_in_the_students_measure() -> None:
 def test_a_response_of_one_token_can_be_asked_about() -> None:
     one = tiny.rollout(STUDENT, "4")
     scored, written = answers(teacher(), score(Wants.SAMPLED, one), go_on(one, 0, length=1))
-    assert scored.sampled is not None and scored.sampled.shape == (1,)
+    assert scored.sampled is not None
+    assert scored.sampled.shape == (1,)
     assert len(written.texts) == 3

@@ -12,7 +12,9 @@ from potstill.batch import collate, count_tokens, info_means
 from potstill.types import Prompt, Reviewed, Rollout, Target
 
 
-def target(length: int, weight: list[float] | None = None, *, prompt: int = 1, old: bool = True, **fields: Any) -> Target:
+def target(
+    length: int, weight: list[float] | None = None, *, prompt: int = 1, old: bool = True, **fields: Any
+) -> Target:
     ids = tuple(range(1, length + 1))
     r = Rollout(
         prompt=Prompt(id="p", messages=()),
@@ -34,18 +36,22 @@ def test_rows_are_padded_on_the_right_with_nothing() -> None:
     assert batch.labels.tolist() == [[1, 2, 0], [1, 2, 3]]
     assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.weight.tolist() == [[1, 1, 0], [1, 0, 2]]
-    assert batch.old_logp is not None and batch.advantage is not None and batch.anchor is not None
+    assert batch.old_logp is not None
+    assert batch.advantage is not None
+    assert batch.anchor is not None
     assert batch.old_logp.tolist() == [[-1, -2, 0], [-1, -2, -3]]
     assert batch.advantage.tolist() == [[0.5, 0.25, 0], [1, 2, 3]]
     assert batch.anchor.tolist() == [[0, 1, 0], [1, 1, 0]]
-    assert batch.teacher_ids is None and batch.teacher_logp is None
+    assert batch.teacher_ids is None
+    assert batch.teacher_logp is None
 
 
 def test_teacher_rows_are_padded_with_real_numbers() -> None:
     """A row of padding still goes through a divergence, whose nan would survive a weight of 0."""
     logp = torch.randn(2, 4).log_softmax(-1)
     batch = collate([target(1, teacher_logp=logp[:1]), target(2, teacher_logp=logp)])
-    assert batch.teacher_logp is not None and batch.teacher_logp.shape == (2, 2, 4)
+    assert batch.teacher_logp is not None
+    assert batch.teacher_logp.shape == (2, 2, 4)
     assert batch.teacher_logp.isfinite().all()
 
 

@@ -5,17 +5,20 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests import tiny
 
 from potstill import chat
 from potstill.errors import DataError
 from potstill.types import Prompt
-from tests import tiny
 
 TOKENIZERS = {"byte-level": tiny.byte_level(), "byte fallback": tiny.byte_fallback()}
 EVERY = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 MIXED = "naïve 🙂🙃 你好 — done ☕️ 👩‍💻 é"
 alphabet = st.sampled_from([*"abc the", "é", "ß", "—", "你", "好", "🙂", "👩", "\u200d", "💻", "\n"])
-texts = st.one_of(st.text(alphabet, max_size=40), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\ufffd"), max_size=20))
+texts = st.one_of(
+    st.text(alphabet, max_size=40),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\ufffd"), max_size=20),
+)
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -69,7 +72,9 @@ def test_special_tokens_are_empty(tokenizer: Any) -> None:
 
 @EVERY
 @given(texts, st.integers(0, 30))
-def test_cut_is_the_longest_beginning_of_whole_characters_within_so_many_tokens(tokenizer: Any, text: str, length: int) -> None:
+def test_cut_is_the_longest_beginning_of_whole_characters_within_so_many_tokens(
+    tokenizer: Any, text: str, length: int
+) -> None:
     ids = ids_of(tokenizer, text)
     got = chat.cut(tokenizer, text, length)
     assert text.startswith(got)
@@ -102,5 +107,5 @@ def test_prompt_ids_without_a_template() -> None:
     tokenizer = tiny.byte_level(template=None)
     assert tokenizer.decode(chat.prompt_ids(tokenizer, tiny.prompt("the cat"))) == "the cat"
     two = Prompt(id="2", messages=({"role": "user", "content": "a"}, {"role": "user", "content": "b"}))
-    with pytest.raises(DataError, match="'2' has 2 messages, but the tokenizer .* has no chat template"):
+    with pytest.raises(DataError, match=r"'2' has 2 messages, but the tokenizer .* has no chat template"):
         chat.prompt_ids(tokenizer, two)

@@ -1,20 +1,24 @@
 """Which tokens are audited, and what an audit is worth (OmniOPD Eq. 4, 5 and 7)."""
 
+import itertools
 import math
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.tabular import PROMPT
 
 from potstill.chunks import Chunk, chunk_prior, chunk_target, plan_chunks, select_chunks
 from potstill.methods.omniopd import OmniOPD
 from potstill.types import Rollout
-from tests.tabular import PROMPT
 
 entropies = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.5]), max_size=40)
 counts, lengths = st.integers(1, 8), st.integers(1, 9)
-schedulers, overlaps = st.sampled_from(["peak_entropy", "uniform", "random"]), st.sampled_from(["skip", "merge", "resample"])
+schedulers, overlaps = (
+    st.sampled_from(["peak_entropy", "uniform", "random"]),
+    st.sampled_from(["skip", "merge", "resample"]),
+)
 
 
 def floats(values: list[int]) -> list[float]:
@@ -44,7 +48,7 @@ def test_chunks_are_ascending_disjoint_and_inside_the_response(
     entropy: list[float], count: int, length: int, scheduler: str, overlap: str, seed: int
 ) -> None:
     plan = plan_chunks(entropy, count, length, scheduler=scheduler, overlap=overlap, seed=seed)  # type: ignore[arg-type]
-    assert all(a.start + a.length <= b.start for a, b in zip(plan, plan[1:], strict=False))
+    assert all(a.start + a.length <= b.start for a, b in itertools.pairwise(plan))
     assert all(chunk.start >= 0 and chunk.start + chunk.length <= len(entropy) for chunk in plan)
     assert len(plan) <= count
     assert bool(plan) == (len(entropy) >= length)
@@ -71,7 +75,10 @@ def test_merge_joins_chunks_that_overlap() -> None:
     entropy = floats([0, 9, 8, 0, 0, 0, 7, 0])
     assert plan_chunks(entropy, 3, 2, overlap="merge") == [Chunk(1, 3), Chunk(6, 2)]
     assert plan_chunks(floats([9, 8, 7, 6, 0]), 4, 2, overlap="merge") == [Chunk(0, 5)]
-    assert plan_chunks(floats([9, 0, 8, 0]), 2, 2, overlap="merge") == [Chunk(0, 2), Chunk(2, 2)]  # side by side is not overlapping
+    assert plan_chunks(floats([9, 0, 8, 0]), 2, 2, overlap="merge") == [
+        Chunk(0, 2),
+        Chunk(2, 2),
+    ]  # side by side is not overlapping
 
 
 def test_resample_keeps_the_peaks_and_draws_the_others() -> None:
@@ -79,7 +86,8 @@ def test_resample_keeps_the_peaks_and_draws_the_others() -> None:
     plans = [plan_chunks(entropy, 2, 2, overlap="resample", seed=s) for s in range(50)]
     assert all(len(plan) == 2 and Chunk(1, 2) in plan for plan in plans)
     others = {chunk.start for plan in plans for chunk in plan} - {1}
-    assert len(others) > 15 and not others & {0, 2}
+    assert len(others) > 15
+    assert not others & {0, 2}
     assert plans == [plan_chunks(entropy, 2, 2, overlap="resample", seed=s) for s in range(50)]
 
 
@@ -135,7 +143,14 @@ def test_target_lies_between_agreement_and_prior(n: int, share: float, pi_bar: f
 
 @pytest.mark.parametrize(
     "arguments",
-    [(1.0, 0.5, 0, 1.0), (-0.1, 0.5, 2, 1.0), (2.1, 0.5, 2, 1.0), (1.0, 1.1, 2, 1.0), (1.0, -0.1, 2, 1.0), (1.0, 0.5, 2, -1.0)],
+    [
+        (1.0, 0.5, 0, 1.0),
+        (-0.1, 0.5, 2, 1.0),
+        (2.1, 0.5, 2, 1.0),
+        (1.0, 1.1, 2, 1.0),
+        (1.0, -0.1, 2, 1.0),
+        (1.0, 0.5, 2, -1.0),
+    ],
 )
 def test_impossible_arguments_are_refused(arguments: tuple[float, float, int, float]) -> None:
     with pytest.raises(ValueError, match=r"k_sem|alpha"):

@@ -53,10 +53,14 @@ class HFSampler:
 
 
 class Translated:
-    """A model's answers in the student's tokens: what `sft` learns from. The student's log-probs do not exist for them."""
+    """A model's answers in the student's tokens: what `sft` learns from. The student's log-probs do not exist for them.
 
-    def __init__(self, sampler: HFSampler, student: Tokens, author: Author = "teacher"):
-        self.sampler, self.student, self.author = sampler, student, author
+    `max_tokens` counts the student's tokens; the sampler's own limit counts those of its model.
+    """
+
+    def __init__(self, sampler: HFSampler, student: Tokens, *, max_tokens: int, author: Author = "teacher"):
+        self.sampler, self.student, self.max_tokens = sampler, student, max_tokens
+        self.author: Author = author
         self.same = same_tokenizer(student, sampler.loaded.tokens) is None
 
     async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
@@ -65,12 +69,12 @@ class Translated:
         return [[self._translated(r) for r in group] for group in groups]
 
     def _translated(self, r: Rollout) -> Rollout:
-        room = self.sampler.max_tokens
         if self.same:
             ids = r.response_ids
         else:
             end = self.student.eos[:1] if r.finish == "stop" else ()
-            ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)[:room]
+            ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)
+        ids = ids[: self.max_tokens]
         mine = foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author=self.author, seed=r.seed)
         return replace(mine, usage=Usage(read=len(r.prompt_ids), written=len(r.response_ids)))
 
