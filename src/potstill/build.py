@@ -12,12 +12,12 @@ import torch
 from potstill import models
 from potstill.config import Config, Teacher
 from potstill.decode import Decoding
-from potstill.errors import ConfigError, ModelError
+from potstill.errors import ConfigError
 from potstill.learners.local import LocalLearner
 from potstill.methods.base import Method
 from potstill.models import Tokens
 from potstill.samplers.base import Sampler
-from potstill.samplers.data import DataSampler
+from potstill.samplers.data import DataSampler, answer_ids
 from potstill.samplers.hf import HFSampler, Translated, prompt_within
 from potstill.tasks.base import Task
 from potstill.teachers.base import Teacher as TeacherProtocol
@@ -59,16 +59,29 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
         raise ConfigError(
             f"learner.lr = {config.learner.lr} moves every weight by more than 1 a step. Try 1e-3 or less"
         )
+    if config.student.dtype == "bfloat16" and not config.student.lora:
+        raise ConfigError(
+            "student.dtype = 'bfloat16' without LoRA would train weights of 8 bits' precision, which round most small "
+            "steps away. Use learner.precision = 'bfloat16' (arithmetic only), or add [student.lora]"
+        )
     device(config.student.device)
     student = models.load_tokens(config.student.path, config.student.eos)
+    readers = [student]
     if config.teacher is not None:
         device(config.teacher.device)
         teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
         if method.wants > Wants.TEXT:
             models.check_shared(student, teacher)
+        elif method.author == "teacher" and models.same_tokenizer(student, teacher) is None:
+            models.check_eos(student, teacher)
+        readers.append(teacher)
     questions = task.questions(config.eval.split, config.eval.questions) if config.eval.questions else []
-    for prompt in [*questions, *task.draw(config.seed, 1, config.rollouts.prompts)]:
-        prompt_within(student, prompt, config.rollouts.max_tokens)
+    for prompt in [*questions, *task.draw(config.seed, 1, config.rollouts.prompts), *task.known()]:
+        for tokens in readers:
+            prompt_within(tokens, prompt, config.rollouts.max_tokens)
+    if method.author == "data":
+        for prompt in task.known():
+            answer_ids(student, prompt, config.rollouts.max_tokens)
     return student, questions
 
 
@@ -96,8 +109,7 @@ def _check_teacher(config: Config, method: Method) -> None:
     if teacher.temperature == 0 and "variety" in method.needs:
         raise ConfigError(
             f"{name} asks for several answers to the same question, but teacher.temperature = 0 makes them all the same "
-            "text: k_sem would be one similarity counted many times, at many times the price. "
-            "Set teacher.temperature = 1, or method.continuations = 1"
+            "text: one answer counted many times, at many times the price. Set teacher.temperature = 1, or ask once"
         )
 
 
@@ -110,12 +122,7 @@ def _check_rollouts(config: Config, method: Method) -> None:
             f"rollouts.group = {group}, but {who} to a prompt, so each would be learnt {group} times over. "
             "Set rollouts.group = 1"
         )
-    length = getattr(method, "chunk_length", 0)
-    if length > room:
-        raise ConfigError(
-            f"method.chunk_length = {length} is longer than the longest answer, rollouts.max_tokens = {room}, so nothing "
-            "would be audited. Lower the one or raise the other"
-        )
+    method.check(room)
 
 
 def _method(config: Config) -> Method:
@@ -160,8 +167,7 @@ def build(config: Config) -> Parts:
         lora=s.lora,
     )
     teacher = _load_teacher(config.teacher, tokens) if config.teacher else None
-    if teacher and teacher.offers < method.wants:
-        raise ModelError(f"{method.name} needs {NEEDS[method.wants]}, but teacher {teacher.name!r} offers only text")
+    assert teacher is None or teacher.offers >= method.wants  # check_shared has seen to it
     return Parts(
         method=method,
         task=_task(config),

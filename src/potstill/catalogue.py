@@ -47,10 +47,14 @@ def describe(name: str) -> Described:
 
 
 def _source(module: str) -> str:
-    parent, _, leaf = module.rpartition(".")  # find_spec(module) would import the parent package, and with it torch
-    folder = importlib.util.find_spec(parent)
-    assert folder and folder.submodule_search_locations
-    return (Path(folder.submodule_search_locations[0]) / f"{leaf}.py").read_text(encoding="utf-8")
+    top, *rest = module.split(".")  # find_spec(module) would import its parents, and perhaps torch with them
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"the method's module {module!r} is not installed here. Install it, or remove its entry point"
+        )
+    file = Path(spec.origin) if not rest else Path(spec.origin).parent.joinpath(*rest).with_suffix(".py")
+    return file.read_text(encoding="utf-8")
 
 
 def _fields(cls: ast.ClassDef) -> Iterator[FieldOf]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from jinja2.exceptions import TemplateError
+
 from potstill.errors import DataError
 from potstill.types import Prompt
 
@@ -19,9 +21,15 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
     Raises DataError for a conversation that a tokenizer without template cannot lay out.
     """
     if tokenizer.chat_template is not None:
-        ids = tokenizer.apply_chat_template(
-            list(prompt.messages), tokenize=True, add_generation_prompt=True, return_dict=False
-        )
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(prompt.messages), tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template of {tokenizer.name_or_path!r} cannot lay out prompt {prompt.id!r} "
+                f"({', '.join(m['role'] for m in prompt.messages)}): {error}. Change the prompt's messages"
+            ) from None
         return tuple(ids)
     if len(prompt.messages) != 1:
         raise DataError(

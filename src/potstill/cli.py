@@ -87,7 +87,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Answers per question: k.")] = 4,
     temperature: Annotated[float, typer.Option(min=0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: the run's, else 48.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the row instead of a table.")] = False,
 ) -> None:
@@ -98,16 +100,20 @@ def evaluate(
     from potstill.decode import Decoding
     from potstill.evaluate import evaluate as ask
 
-    path, questioner = _checkpoint(checkpoint, task, overrides or [])
+    path, recipe = _model_of(checkpoint)
+    questioner = _task_of(checkpoint, recipe, task, overrides or [])
     if split not in ("validation", "test"):
         raise ConfigError(f"--split {split!r}: there are validation and test. Training prompts are never evaluated on")
+    if temperature == 0 and samples > 1:
+        raise ConfigError(
+            f"--samples {samples} at --temperature 0 would give the same answer {samples} times. Add --samples 1"
+        )
     asked = questioner.questions(split, questions)
     loaded = models.load(path, device=build.device("auto"))
     how = Decoding(temperature=temperature, top_p=top_p)
+    room = max_tokens or recipe.get("rollouts", {}).get("max_tokens", 48)
     name, verifier = ("sampled" if temperature else "greedy"), questioner.verifier()
-    row, _ = asyncio.run(
-        ask(loaded, asked, verifier, name=name, samples=samples, max_tokens=max_tokens, how=how, seed=seed)
-    )
+    row, _ = asyncio.run(ask(loaded, asked, verifier, name=name, samples=samples, max_tokens=room, how=how, seed=seed))
     if as_json:
         out.print_json(json.dumps(row | {"split": split, "checkpoint": checkpoint}))
     else:
@@ -132,7 +138,7 @@ def sample(
     from potstill.samplers.hf import HFSampler
     from potstill.types import Prompt
 
-    path, _ = _checkpoint(model, "none", [])
+    path, _ = _model_of(model)
     loaded = models.load(path, device=build.device("auto"))
     sampler = HFSampler(loaded, max_tokens=max_tokens, decoding=Decoding(temperature=temperature, top_p=top_p))
     asked = [Prompt(id=p, messages=({"role": "user", "content": p},)) for p in prompts]
@@ -211,32 +217,33 @@ def lab_build(
     build(to, seed, log=lambda line: out.print(line, markup=False, highlight=False))
 
 
-def _checkpoint(path: str, task: str | None, overrides: Sequence[str]) -> tuple[str, Any]:
-    """A model's path and its task. A run stands for its latest checkpoint and knows its own task."""
-    from potstill import config, registry
+def _model_of(path: str) -> tuple[str, dict[str, Any]]:
+    """A model's path, and the recipe behind it if it is a run, which stands for its latest checkpoint."""
     from potstill.run import Run
+
+    if not (Path(path) / "resolved.json").is_file():
+        return path, {}
+    run = Run.open(Path(path))
+    latest = run.latest()
+    if latest is None:
+        raise ConfigError(f"{path} has no checkpoint yet, so there is no model to use. Let it reach save.every steps")
+    return str(latest[1]), run.resolved
+
+
+def _task_of(path: str, recipe: dict[str, Any], task: str | None, overrides: Sequence[str]) -> Any:
+    """The task that is named, or the one that the run was trained on."""
+    from potstill import config, registry
     from potstill.tasks import TASKS
 
-    raw: dict[str, Any] = {}
-    if (Path(path) / "resolved.json").is_file():
-        run = Run.open(Path(path))
-        latest = run.latest()
-        if latest is None:
-            raise ConfigError(
-                f"{path} has no checkpoint yet, so there is no model to use. Let it reach save.every steps"
-            )
-        path, raw = str(latest[1]), run.resolved["task"]
-    if task == "none":
-        return path, None
+    raw = recipe.get("task")
     if task is not None:
-        known = task in TASKS
-        raw = {"kind": task} if known else config.read(task)[0].task.model_dump(mode="json")
-    if not raw:
+        raw = {"kind": task} if task in TASKS else config.read(task)[0].task.model_dump(mode="json")
+    if raw is None:
         raise ConfigError(
             f"{path} is no run, so it does not say which questions to ask. "
             f"Add --task KIND ({', '.join(TASKS)}) or --task RECIPE.toml"
         )
-    return path, config.parse_part(registry.task_class(raw["kind"]), raw, overrides, "task")
+    return config.parse_part(registry.task_class(raw["kind"]), raw, overrides, "task")
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -29,6 +29,10 @@ from potstill.seeds import uniforms
 from potstill.types import Finish
 
 
+WIDE = 1 << 25
+"""Rows times vocabulary while drawing tokens: about five float32 tensors of this size, whatever the model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A sequence to go on with."""
@@ -81,7 +85,7 @@ def write(
     order = sorted(range(len(rows)), key=lambda i: shared[i]) if narrow else list(range(len(rows)))
     out: dict[int, Written] = {}
     try:
-        for tile in _tiles(trunks, rows, order, how.cells, shared if narrow else None):
+        for tile in _tiles(trunks, rows, order, how.cells, max(WIDE // vocab, 1), shared if narrow else None):
             written = _Tile(model, trunks, [rows[i] for i in tile], vocab, eos, how).run()
             out |= zip(tile, written, strict=True)
     finally:
@@ -90,15 +94,20 @@ def write(
 
 
 def _tiles(
-    trunks: Sequence[Sequence[int]], rows: Sequence[Row], order: Sequence[int], cells: int, alike: Sequence[int] | None
+    trunks: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    order: Sequence[int],
+    cells: int,
+    most: int,
+    alike: Sequence[int] | None,
 ) -> list[list[int]]:
-    """The rows in `order`, cut where their cache would outgrow `cells` or, if given, where `alike` changes."""
+    """The rows in `order`, cut where their cache would outgrow `cells`, at `most` rows, or where `alike` changes."""
     tiles: list[list[int]] = []
     columns = 0
     for i in order:
         own = max(len(trunks[rows[i].trunk]), len(rows[i].prefix)) + rows[i].limit
         columns = max(columns, own)
-        full = not tiles or (len(tiles[-1]) + 1) * columns > cells
+        full = not tiles or (len(tiles[-1]) + 1) * columns > cells or len(tiles[-1]) == most
         if full or (alike and alike[tiles[-1][-1]] != alike[i]):
             tiles.append([])
             columns = own

@@ -45,7 +45,7 @@ def run(folder: Path, seed: int, console: Console) -> Row:
     with _running(folder, seed) as processes:
         _watch(folder, processes, console)
     for method, process in processes.items():
-        if process.returncode:
+        if process.returncode:  # None: ended by us, because the other one failed
             message = (folder / f"{method}.log").read_text(encoding="utf-8").strip()
             raise TrainingError(f"the run {method} ended with exit code {process.returncode}:\n{message[-2000:]}")
     runs = {method: Run.open(folder / method) for method in METHODS}
@@ -79,7 +79,8 @@ def _running(folder: Path, seed: int) -> Iterator[dict[str, subprocess.Popen[byt
         for process in processes.values():
             process.wait()  # the same Ctrl-C reached them: they finish their step and save it
         raise Interrupted(
-            f"interrupted; both runs are saved. Go on with: potstill train demo-opd name=opd seed={seed} --root {folder} --resume"
+            f"interrupted; both runs are saved. Go on with one of them: potstill train demo-METHOD name=METHOD seed={seed} "
+            f"--root {folder} --resume, with METHOD = {' or '.join(METHODS)}; then potstill report {folder}/METHOD"
         ) from None
     finally:
         for process in processes.values():
@@ -93,14 +94,20 @@ def _watch(folder: Path, processes: Mapping[str, subprocess.Popen[bytes]], conso
     """Show where the runs are until both have ended."""
     steps = {method: read(f"demo-{method}")[0].steps for method in METHODS}
     if not console.is_terminal:
-        for process in processes.values():
-            process.wait()
+        while _both(processes):
+            time.sleep(0.2)
         return
     with Live(console=console, refresh_per_second=2) as live:
-        while any(p.poll() is None for p in processes.values()):
+        while _both(processes):
             live.update(_progress(folder, steps))
             time.sleep(0.5)
         live.update(_progress(folder, steps))
+
+
+def _both(processes: Mapping[str, subprocess.Popen[bytes]]) -> bool:
+    """Whether there is something to wait for: a run is under way, and none has failed."""
+    codes = [process.poll() for process in processes.values()]
+    return None in codes and not any(codes)
 
 
 def _progress(folder: Path, steps: Mapping[str, int]) -> Table:

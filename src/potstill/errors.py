@@ -13,6 +13,7 @@ Anything else that reaches the command line is our fault: exit code 1, with a tr
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -20,6 +21,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "did you mean 'edit'? ", or "" where nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+def require(module: str, extra: str, feature: str) -> None:
+    """Raise ConfigError if an optional package is not installed, naming the extra that brings it."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"{feature} needs {module}, which is not installed. Install it: pip install 'potstill[{extra}]'"
+        )
 
 
 def unknown(what: str, word: str, known: Iterable[str]) -> str:

@@ -31,6 +31,8 @@ LOGGED: dict[str, tuple[str, str]] = {
     ),
     "teacher/cached": ("tokens", "The part of them that a shared prefix saved."),
     "teacher/written": ("tokens", "Tokens the teacher wrote this step."),
+    "teacher/stopped": ("share", "Continuations that the teacher ended by itself, before the length it was asked for."),
+    "teacher/length_ratio": ("", "Tokens the teacher wrote per student token it was asked for."),
     "time/sample": ("CPU s", "Spent on rollouts this step."),
     "time/teacher": ("CPU s", "Spent on the teacher this step, if it runs in this process."),
     "time/learn": ("CPU s", "Spent on loss, gradient and optimiser this step."),

@@ -228,7 +228,12 @@ def _rollout_means(rollouts: Sequence[Rollout]) -> Row:
 
 def _usage(said: Sequence[Feedback], rollouts: Sequence[Rollout]) -> Row:
     total = sum([f.usage for f in said] + [r.usage for r in rollouts], Usage())
-    return {"teacher/read": total.read, "teacher/cached": total.cached, "teacher/written": total.written}
+    row = {"teacher/read": total.read, "teacher/cached": total.cached, "teacher/written": total.written}
+    ends = [end for f in said for end in f.finishes]
+    if not ends:
+        return row
+    asked = sum(f.ask.n * (f.ask.length or 0) for f in said)
+    return row | {"teacher/stopped": fmean(e == "stop" for e in ends), "teacher/length_ratio": total.written / asked}
 
 
 def _changed(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> set[str]:

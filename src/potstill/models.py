@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, require
 from potstill.lab import model_path
 
 disable_progress_bar()
@@ -33,7 +33,7 @@ class Tokens:
     vocab: int
     """Ids below this are tokens; the model's output rows from here on are padding."""
     eos: tuple[int, ...]
-    """Ids that end a response."""
+    """Ids that end a response; the first is the one to teach."""
     context: int
     """Longest prompt and response together, in tokens."""
 
@@ -67,6 +67,7 @@ def source(path: str) -> tuple[str, dict[str, str]]:
         file = Path(path)
         if not file.is_file():
             raise ModelError(f"there is no file {path}. A GGUF model is given by the path of its .gguf file")
+        require("gguf", "gguf", "a .gguf model")
         return str(file.parent), {"gguf_file": file.name}
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise ModelError(f"there is no folder {path}. Give a Hugging Face folder, a hub name, a .gguf file or lab/NAME")
@@ -89,21 +90,25 @@ def load_tokens(path: str, eos: tuple[str, ...] | None = None) -> Tokens:
         return replace(load_tokens(base, eos), name=path)  # an adapter that brings no tokenizer uses its base's
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        where = source(base)[0] if base else where
-        config = AutoConfig.from_pretrained(where, **({} if base else gguf))
+        where, gguf = source(base) if base else (where, gguf)
+        config = AutoConfig.from_pretrained(where, **gguf)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be loaded as a causal language model: {_first_line(error)}. "
             "Give a Hugging Face folder (config.json, safetensors, tokenizer), a hub name, a .gguf file or lab/NAME"
         ) from None
     size = config.get_text_config().vocab_size
-    if len(tokenizer) > size:
+    special = tokenizer.added_tokens_decoder
+    beyond = [t for t, i in tokenizer.get_vocab().items() if i >= size and not (i in special and special[i].special)]
+    if beyond:  # a special token without a row is common (an image token in a text model) and never written
         raise ModelError(
             f"the tokenizer of {path} has {len(tokenizer)} tokens but the model only {size} rows, so some tokens have no "
-            "logit. The folder mixes two models, or tokens were added without resizing; call resize_token_embeddings"
+            f"logit, such as {beyond[0]!r}. The folder mixes two models, or tokens were added without resizing; call "
+            "resize_token_embeddings"
         )
+    vocab = min(max(tokenizer.get_vocab().values()) + 1, size)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    return Tokens(path, tokenizer, len(tokenizer), _eos(path, where, tokenizer, eos), context)
+    return Tokens(path, tokenizer, vocab, _eos(path, where, tokenizer, eos), context)
 
 
 def _eos(path: str, where: str, tokenizer: Any, names: tuple[str, ...] | None) -> tuple[int, ...]:
@@ -113,18 +118,19 @@ def _eos(path: str, where: str, tokenizer: Any, names: tuple[str, ...] | None) -
             raise ModelError(
                 f"{path} has no token {missing[0]!r}, so it cannot end a response. Give tokens of its vocabulary"
             )
-        return tuple(sorted(ids.values()))
-    found = {tokenizer.eos_token_id} - {None}
+        return tuple(ids.values())
+    found = [tokenizer.eos_token_id]
     try:
         listed = GenerationConfig.from_pretrained(where).eos_token_id
-        found |= set(listed if isinstance(listed, list) else [listed]) - {None}
+        found += listed if isinstance(listed, list) else [listed]
     except OSError:  # a model without generation_config.json is fine: the tokenizer's own EOS ends a response
         pass
-    if not found:
+    known = tuple(dict.fromkeys(token for token in found if token is not None))
+    if not known:
         raise ModelError(
             f"{path} names no end-of-sequence token, so its answers would never end. Name it: eos = ['<|im_end|>']"
         )
-    return tuple(sorted(found))
+    return known
 
 
 def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple[str, ...] | None = None) -> Loaded:
@@ -133,6 +139,7 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
     where, gguf = source(path)
     base = adapter_base(where)
     kind = getattr(torch, dtype)
+    model: Any
     try:
         if base:
             from peft import PeftModel
@@ -182,6 +189,11 @@ def check_shared(student: Tokens, teacher: Tokens) -> None:
             f"student and teacher do not share a tokenizer: {why}. Token log-probabilities of one mean nothing to the other. "
             "Use a teacher of the student's family, or method omniopd, which needs only the teacher's text"
         )
+    check_eos(student, teacher)
+
+
+def check_eos(student: Tokens, teacher: Tokens) -> None:
+    """Refuse a teacher that ends its answers in a token that does not end the student's. Raises ModelError."""
     if unknown := set(teacher.eos) - set(student.eos):
         raise ModelError(
             f"the teacher ends its answers with {teacher.names(tuple(sorted(unknown)))}, which does not end the student's "

@@ -2,7 +2,7 @@
 
     runs/NAME/
       config.toml      the recipe, as given          resolved.json   every field, as understood
-      env.json         versions, commit, hardware    metrics.jsonl   one row a step (see `potstill.logged`)
+      env.json         versions, hardware            metrics.jsonl   one row a step (see `potstill.logged`)
       evals.jsonl      one row an evaluation         rollouts/step_000010.jsonl
       checkpoints/step_000100/  loads in transformers, plus trainer.pt      checkpoints/latest  the newest step's name
 

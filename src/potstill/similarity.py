@@ -6,12 +6,11 @@ Two empty texts are equal (1); an empty and a non-empty one share nothing (0). W
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from potstill.errors import ConfigError, unknown
+from potstill.errors import ConfigError, require, unknown
 
 Similarity = Callable[[str, str], float]
 
@@ -68,10 +67,8 @@ NAMES = tuple(_ALL)
 
 def get(name: str) -> Similarity:
     """The similarity of that name: `edit`, `rouge1`, `exact`, `token_f1`, `embedding`. Raises ConfigError for another."""
-    if name == "embedding" and find_spec("sentence_transformers") is None:
-        raise ConfigError(
-            "similarity 'embedding' needs sentence-transformers, which is not installed: pip install 'potstill[embedding]'"
-        )
+    if name == "embedding":
+        require("sentence_transformers", "embedding", "similarity 'embedding'")
     if name not in _ALL:
         raise ConfigError(unknown("similarity", name, NAMES))
     return _ALL[name]

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 Author = Literal["student", "teacher", "data"]
-Finish = Literal["stop", "length", "error"]
+Finish = Literal["stop", "length"]
 
 
 class Wants(IntEnum):

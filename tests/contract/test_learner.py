@@ -309,6 +309,11 @@ def test_lora_moves_the_adapter_only_and_saves_both_forms(tmp_path: Path) -> Non
     for got in (merged, adapter):
         torch.testing.assert_close(got.model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
         assert got.tokens.vocab == STUDENT.vocab
+    for file in (tmp_path / "out" / "adapter").glob("*token*"):  # as peft itself would have saved it
+        file.unlink()
+    bare = models.load(str(tmp_path / "out" / "adapter"))
+    assert models.same_tokenizer(bare.tokens, STUDENT) is None
+    torch.testing.assert_close(bare.model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
     initial = load_file(tmp_path / "base" / "model.safetensors")
     kept = {
         n.removeprefix("base_model.model.").replace(".base_layer", ""): w for n, w in after.items() if "lora_" not in n

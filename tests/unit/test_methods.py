@@ -15,20 +15,23 @@ from potstill.types import Feedback, Reviewed, Target
 THETA, TEACHER, START = table(0), table(1), table(2)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("hot", "cold"), [(1.0, 1.0), (2.0, 0.7)])
-def test_top_k_tempers_the_buckets(beta: float, hot: float, cold: float) -> None:
-    """With one token in view there are two buckets, so the divergence is one between two coins."""
-    method = OPD(beta=beta, top_k=1, teacher_temperature=hot, student_temperature=cold)
-    got = expected_gradient(method, THETA, lambda ask: scored(ask, TEACHER))
+def test_top_k_cannot_go_with_a_temperature() -> None:
+    """The rest bucket at temperature T would need every token that was left out."""
+    with pytest.raises(ValueError, match="top_k cannot go with a temperature"):
+        OPD(top_k=4, teacher_temperature=2.0)
 
-    def coin(p: torch.Tensor, temperature: float) -> torch.Tensor:
-        a, b = p ** (1 / temperature), (1 - p) ** (1 / temperature)
-        return torch.stack([a / (a + b), b / (a + b)], -1)
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_top_1_compares_two_coins(beta: float) -> None:
+    """With one token in view there are two buckets, so the divergence is one between two coins."""
+    got = expected_gradient(OPD(beta=beta, top_k=1), THETA, lambda ask: scored(ask, TEACHER))
+
+    def coin(p: torch.Tensor) -> torch.Tensor:
+        return torch.stack([p, 1 - p], -1)
 
     theta = THETA.clone().requires_grad_()
     top = TEACHER.argmax(-1, keepdim=True)
-    s, t = (coin(x.softmax(-1).gather(-1, top)[:, 0], c) for x, c in ((theta, cold), (TEACHER, hot)))
+    s, t = (coin(x.softmax(-1).gather(-1, top)[:, 0]) for x in (theta, TEACHER))
     m = beta * t + (1 - beta) * s
 
     def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 IGNORED = -100
+THETA = 100.0
+"""Base of the rotary embedding: with the usual 10,000 most of the 12 frequencies stand still over 50 characters, and
+whether a model learns to gather the product in time depends on its seed."""
 
 
 def new_model(tokenizer: "PreTrainedTokenizerFast", seed: int, width: int = 96, layers: int = 2) -> "LlamaForCausalLM":
@@ -32,6 +35,7 @@ def new_model(tokenizer: "PreTrainedTokenizerFast", seed: int, width: int = 96, 
             num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.model_max_length,
+            rope_parameters={"rope_type": "default", "rope_theta": THETA},
             tie_word_embeddings=False,
             **special,
         )

@@ -95,6 +95,7 @@ class LocalLearner:
         if lora:
             self.model = _adapted(loaded.model, lora, derive(seed, "lora"))
             self._initial, self._base = self.model, self.model.disable_adapter
+            self.model.eval()  # peft wraps in training mode; the base model's own dropout stays off, as in sampling
         else:
             self._initial = copy.deepcopy(loaded.model) if reference else None
             self._base = contextlib.nullcontext
@@ -130,6 +131,7 @@ class LocalLearner:
             group["lr"] = self.rate(step)
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens, metrics = count_tokens(targets), {"loss": 0.0}
+        self._adapter_dropout(True)
         for micro in self._micro(targets):
             batch = moved(collate(micro, n_tokens), self.model.device)
             with self._autocast():
@@ -139,6 +141,7 @@ class LocalLearner:
             for name, value in seen.items():
                 join = max if name.endswith("_max") else float.__add__
                 metrics[name] = join(metrics.get(name, 0.0), value.item())
+        self._adapter_dropout(False)
         norm = torch.nn.utils.clip_grad_norm_(
             self.optimizer.param_groups[0]["params"], self.config.clip or float("inf")
         )
@@ -174,6 +177,7 @@ class LocalLearner:
             merged = copy.deepcopy(self.model).merge_and_unload()
         else:
             merged = self.model
+        merged.generation_config.eos_token_id = list(self.tokens.eos)  # what ends a response, for whoever loads it
         merged.save_pretrained(folder)
         self.tokens.tokenizer.save_pretrained(folder)
         with (folder / "trainer.pt").open("wb") as file:  # given a path, torch hides that the disk is full
@@ -201,6 +205,12 @@ class LocalLearner:
                 f"checkpoint {folder} is damaged ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]}), so the run "
                 f"cannot go on from it. Write the name of an older checkpoint into {folder.parent / 'latest'}, or start anew"
             ) from None
+
+    def _adapter_dropout(self, on: bool) -> None:
+        """Only the adapter drops, and only while the loss is computed."""
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
 
     def _micro(self, targets: Sequence[Target]) -> Iterator[Sequence[Target]]:
         size = self.config.micro_batch or len(targets)

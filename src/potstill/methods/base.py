@@ -61,6 +61,10 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         """What it needs of the rest of the run."""
         return frozenset()
 
+    def check(self, max_tokens: int) -> None:
+        """Raise ConfigError if the fields make no sense for answers of at most `max_tokens` tokens."""
+        return
+
     @property
     def author(self) -> Author:
         """Who writes the rollouts it learns from; on-policy methods: the student."""

@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 
 from potstill.chunks import Overlap, Scheduler, chunk_prior, chunk_target, plan_chunks
 from potstill.divergence import forward_kl
-from potstill.errors import TeacherError, TrainingError
+from potstill.errors import ConfigError, TeacherError, TrainingError
 from potstill.methods.base import Method, Metrics, Need, Policy
 from potstill.seeds import derive
 from potstill.similarity import get as similarity
@@ -80,15 +80,23 @@ class OmniOPD(Method):
             needs.add("variety")
         return frozenset(needs)
 
+    def check(self, max_tokens: int) -> None:
+        """Chunks must fit into an answer."""
+        if self.chunk_length > max_tokens:
+            raise ConfigError(
+                f"method.chunk_length = {self.chunk_length} is longer than the longest answer, rollouts.max_tokens = "
+                f"{max_tokens}, so nothing would be audited. Lower the one or raise the other"
+            )
+
     def asks(self, rollout: Rollout) -> list[Ask]:
         """One question per chunk, in ascending order: how would you go on here, N times?"""
-        if rollout.entropy is None:
+        if rollout.entropy is None and "entropy" in self.needs:
             raise TrainingError(
                 f"omniopd chooses chunks by entropy, but rollout {rollout.key} has none: its sampler does not return "
                 'them. Use a sampler that does, or set method.scheduler = "uniform"'
             )
         plan = plan_chunks(
-            rollout.entropy,
+            rollout.entropy or [0.0] * len(rollout.response_ids),
             self.chunks,
             self.chunk_length,
             scheduler=self.scheduler,

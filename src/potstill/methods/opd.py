@@ -8,14 +8,14 @@
     D_beta = beta KL(T || m) + (1 - beta) KL(S || m),   m = beta T + (1 - beta) S
 
 The gradient runs through S only, not through the sampling of y. With `top_k`, D runs over the teacher's K likeliest
-tokens and one bucket for all others, on both sides, so that it stays a divergence.
+tokens and one bucket for all others, on both sides, so that it stays a divergence; both temperatures are 1 then.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from potstill.divergence import jsd, with_rest
 from potstill.methods.base import Method, Metrics, Policy, whole
@@ -34,6 +34,12 @@ class OPD(Method):
     """Above 1 flattens the teacher's distribution, below 1 sharpens it."""
     student_temperature: float = Field(1.0, gt=0)
     """The same for the student, in the loss only: rollouts are drawn at 1."""
+
+    @model_validator(mode="after")
+    def _tail_is_known(self) -> "OPD":
+        if self.top_k and (self.teacher_temperature, self.student_temperature) != (1, 1):
+            raise ValueError("top_k cannot go with a temperature: how much the unseen tokens would weigh is not known")
+        return self
 
     @property
     def wants(self) -> Wants:
@@ -71,7 +77,6 @@ class OPD(Method):
             student = policy.logp_all() / self.student_temperature
             teacher = batch.teacher_logp / self.teacher_temperature
         else:
-            student = with_rest(policy.logp_at(batch.teacher_ids)) / self.student_temperature
-            teacher = with_rest(batch.teacher_logp) / self.teacher_temperature
+            student, teacher = with_rest(policy.logp_at(batch.teacher_ids)), with_rest(batch.teacher_logp)
         loss = (batch.weight * jsd(student, teacher, self.beta)).sum() / batch.n_tokens
         return loss, {"divergence": loss.detach()}

@@ -147,7 +147,7 @@ class Inside:
     def alpha(self) -> float | None:
         """The pseudo-count of the chunk target, from the run's recipe."""
         method = self.run.resolved.get("method")
-        return finite(method.get("alpha")) if isinstance(method, Mapping) else None  # pyright: ignore[reportUnknownMemberType]
+        return finite(method.get("alpha")) if isinstance(method, Mapping) else None
 
 
 def cut(text: str, most: int = MOST_CHARACTERS) -> str:
@@ -163,8 +163,8 @@ def first_middle_last(steps: Sequence[int]) -> list[int]:
 def choose(rows: Sequence[Row], most: int = PER_STEP) -> list[Row]:
     """Wrong and right ones in turn, audited ones first: the rollouts that have most to tell."""
     audited = sorted(rows, key=lambda row: not row.get("audits"))
-    right = [row for row in audited if (finite(row.get("verdict")) or 0.0) >= 0.5]
-    wrong = [row for row in audited if (finite(row.get("verdict")) or 0.0) < 0.5]
+    right = [row for row in audited if (finite(row.get("verdict")) or 0.0) >= 1]
+    wrong = [row for row in audited if (finite(row.get("verdict")) or 0.0) < 1]
     in_turn = [row for pair in zip(wrong, right, strict=False) for row in pair]
     shorter = min(len(wrong), len(right))
     return (in_turn + wrong[shorter:] + right[shorter:])[:most]
@@ -173,8 +173,8 @@ def choose(rows: Sequence[Row], most: int = PER_STEP) -> list[Row]:
 def per_token(row: Row, name: str) -> list[float | None]:
     """One number per token, with None where it is missing; empty if the rollout does not have it."""
     info = row.get("info")
-    values = row.get(name) or (info.get(name) if isinstance(info, Mapping) else None) or []  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return [finite(value) for value in values]  # pyright: ignore[reportUnknownVariableType]
+    values = row.get(name) or (info.get(name) if isinstance(info, Mapping) else None) or []
+    return [finite(value) for value in values]
 
 
 def _scale(rows: Sequence[Row], name: str, unit: str) -> Scale:
@@ -280,7 +280,7 @@ def look_inside(runs: Sequence[Run], budget: int = BUDGET) -> list[Inside]:
         kept: list[Kept] = []
         for step, at_step in rows.items():
             verdicts = [v for row in at_step if (v := finite(row.get("verdict"))) is not None]
-            right = sum(v >= 0.5 for v in verdicts) if verdicts else None
+            right = sum(v >= 1 for v in verdicts) if verdicts else None
             made = (sheet(f"r{colour}s{step}n{n}", row, entropy, credit) for n, row in enumerate(choose(at_step)))
             kept.append(Kept(step, len(at_step), right, list(_affordable(made, share))))
         found.append(Inside(run, colour, entropy, credit, kept))

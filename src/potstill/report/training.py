@@ -20,7 +20,7 @@ AXES = ("step", "cpu_s")
 def method_of(run: Run) -> str:
     """The name of the run's method, from its resolved recipe; the run's own name where that has none."""
     method = run.resolved.get("method")
-    name = method.get("name") if isinstance(method, Mapping) else method  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    name = method.get("name") if isinstance(method, Mapping) else method
     return str(name) if name else run.path.name
 
 
@@ -74,9 +74,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = "none" if value is None else str(value)  # pyright: ignore[reportUnknownArgumentType]
+            flat[f"{prefix}{key}"] = "none" if value is None else str(value)
     return flat
 
 

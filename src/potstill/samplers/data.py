@@ -20,16 +20,22 @@ class DataSampler:
         return [[self._rollout(p, i, derive(seed, step, p.id, i)) for i in range(n)] for p in prompts]
 
     def _rollout(self, prompt: Prompt, sample: int, seed: int) -> Rollout:
-        text = prompt.completion or prompt.answer
-        if text is None:
-            raise DataError(
-                f"prompt {prompt.id!r} has neither completion nor answer, so there is nothing to imitate. "
-                'Add the column, or let the teacher write: method.source = "teacher"'
-            )
-        ids = (*self.student.tokenizer.encode(text, add_special_tokens=False), self.student.eos[0])
-        if len(ids) > self.max_tokens:
-            raise DataError(
-                f"the answer of prompt {prompt.id!r} has {len(ids)} tokens, more than max_tokens = {self.max_tokens}. "
-                "Raise max_tokens, or drop the row"
-            )
+        ids = answer_ids(self.student, prompt, self.max_tokens)
         return foreign_rollout(self.student, prompt, ids, sample=sample, author="data", seed=seed)
+
+
+def answer_ids(student: Tokens, prompt: Prompt, room: int) -> tuple[int, ...]:
+    """The prompt's worked answer in the student's tokens, its end included. Raises DataError if missing or too long."""
+    text = prompt.completion or prompt.answer
+    if text is None:
+        raise DataError(
+            f"prompt {prompt.id!r} has neither completion nor answer, so there is nothing to imitate. "
+            'Add the column, or let the teacher write: method.source = "teacher"'
+        )
+    ids = (*student.tokenizer.encode(text, add_special_tokens=False), student.eos[0])
+    if len(ids) > room:
+        raise DataError(
+            f"the answer of prompt {prompt.id!r} has {len(ids)} tokens, more than rollouts.max_tokens = {room}. "
+            "Raise max_tokens, or drop the row"
+        )
+    return ids

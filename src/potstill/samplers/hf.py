@@ -14,12 +14,11 @@ from potstill.types import Author, Prompt, Rollout, Usage
 class HFSampler:
     """Samples from a model. The n answers to a prompt share one reading of it.
 
-    It holds the learner's own model object, so it always writes with the newest weights; `version` counts them.
+    It holds the learner's own model object, so it always writes with the newest weights.
     """
 
     def __init__(self, loaded: Loaded, *, max_tokens: int, decoding: Decoding = Decoding()):  # noqa: B008 - frozen
         self.loaded, self.max_tokens, self.how = loaded, max_tokens, decoding
-        self.version = 0
 
     async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
         """`n` answers to each prompt. Raises DataError for a prompt that leaves no room for an answer."""
@@ -47,7 +46,6 @@ class HFSampler:
             old_logp=w.logp,
             entropy=w.entropy,
             finish=w.finish,
-            policy_version=self.version,
             seed=seed,
         )
 
@@ -58,9 +56,8 @@ class Translated:
     `max_tokens` counts the student's tokens; the sampler's own limit counts those of its model.
     """
 
-    def __init__(self, sampler: HFSampler, student: Tokens, *, max_tokens: int, author: Author = "teacher"):
+    def __init__(self, sampler: HFSampler, student: Tokens, *, max_tokens: int):
         self.sampler, self.student, self.max_tokens = sampler, student, max_tokens
-        self.author: Author = author
         self.same = same_tokenizer(student, sampler.loaded.tokens) is None
 
     async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
@@ -75,7 +72,7 @@ class Translated:
             end = self.student.eos[:1] if r.finish == "stop" else ()
             ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)
         ids = ids[: self.max_tokens]
-        mine = foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author=self.author, seed=r.seed)
+        mine = foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author="teacher", seed=r.seed)
         return replace(mine, usage=Usage(read=len(r.prompt_ids), written=len(r.response_ids)))
 
 

@@ -1,6 +1,7 @@
 """Where prompts come from: training prompts by (seed, step), evaluation questions in a fixed order."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
@@ -37,6 +38,10 @@ class Task(BaseModel, ABC, frozen=True, extra="forbid"):
         Raises:
             DataError: There are fewer than `count`.
         """
+
+    def known(self) -> "Sequence[Prompt]":
+        """Every training prompt, where there is an end to them: all are checked before a run starts."""
+        return ()
 
     @abstractmethod
     def verifier(self) -> Verifier:

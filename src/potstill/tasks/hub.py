@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.errors import DataError, did_you_mean
+from potstill.errors import DataError, did_you_mean, require
 from potstill.tasks.rows import Part, Row, Rows
 
 
@@ -46,6 +46,7 @@ class Hub(Rows, frozen=True):
 
     def _load(self) -> dict[str, Any]:
         """Every split by name; one saved alone is called `split`."""
+        require("datasets", "hub", "task hub")
         from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
         saved = any((Path(self.path) / file).is_file() for file in ("state.json", "dataset_dict.json"))

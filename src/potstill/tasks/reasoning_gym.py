@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from potstill.errors import DataError, did_you_mean
+from potstill.errors import DataError, did_you_mean, require
 from potstill.seeds import derive
 from potstill.tasks.base import Split, Task
 from potstill.verifiers.base import Verifier
@@ -139,6 +139,7 @@ class ReasoningGym(Task, frozen=True):
 
     @model_validator(mode="after")
     def _can_be_made(self) -> "ReasoningGym":
+        require("reasoning_gym", "gym", "task reasoning_gym")
         from reasoning_gym.factory import DATASETS
 
         if self.name not in DATASETS:

@@ -79,6 +79,10 @@ class Rows(Task, frozen=True):
                 )
         return prompts[:count]
 
+    def known(self) -> "list[Prompt]":
+        """Every training row."""
+        return self._parts["train"]
+
     def verifier(self) -> Verifier:
         """The one that `verify` names."""
         return self.verify
@@ -193,8 +197,8 @@ def _nearest(name: str, columns: Iterable[str]) -> str:
 def _enough(count: int, prompts: "list[Prompt]", part: str) -> None:
     if not 0 < count <= len(prompts):
         raise DataError(
-            f"{count} {part} prompts were asked for, but the data set has {len(prompts)}; "
-            "ask for fewer, give more data, or change `holdout`"
+            f"{count} {part} prompts were asked for, but the data set has {len(prompts)}; ask for fewer "
+            f"({'rollouts.prompts' if part == 'train' else 'eval.questions'}), give more data, or change task.holdout"
         )
 
 

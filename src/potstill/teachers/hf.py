@@ -42,8 +42,8 @@ class HFTeacher:
         """Scores and continuations, in the order of the questions."""
         scored = self._score([a for a in asks if a.wants is not Wants.TEXT])
         written = self._continue([a for a in asks if a.wants is Wants.TEXT])
-        by_key = {(f.ask.key, f.ask.wants): f for f in [*scored, *written]}
-        return [by_key[a.key, a.wants] for a in asks]
+        by_ask = {id(f.ask): f for f in [*scored, *written]}
+        return [by_ask[id(a)] for a in asks]
 
     # --- scores -------------------------------------------------------------------------------------------------
 
@@ -88,38 +88,26 @@ class HFTeacher:
     def _continue(self, asks: Sequence[Ask]) -> list[Feedback]:
         tokenizer = self.loaded.tokens.tokenizer
         prefixes = [self._prefix(a) for a in asks]
-        trunks: list[tuple[int, ...]] = []
-        place: dict[tuple[str | int, ...], int] = {}
-        rows: list[Row] = []
-        for ask, prefix in zip(asks, prefixes, strict=True):
-            key = ask.rollout.key if self.share else ask.key
-            if key not in place:
-                place[key] = len(trunks)
-                trunks.append(prefix)
-            elif len(prefix) > len(trunks[place[key]]):
-                trunks[place[key]] = prefix  # the longest prefix of a rollout holds the others
-            for i in range(ask.n):
-                seed = derive(ask.rollout.seed, "teacher", ask.start, i)
-                rows.append(Row(trunk=place[key], prefix=prefix, limit=self._limit(ask), seed=seed))
-        written = iter(
-            write(
-                self.loaded.model,
-                trunks,
-                rows,
-                vocab=self.loaded.tokens.vocab,
-                eos=self.loaded.tokens.eos,
-                how=self.how,
-            )
-        )
+        trunks, trunk_of = self._trunks(asks, prefixes)
+        rows = [
+            Row(trunk=t, prefix=p, limit=self._limit(a), seed=derive(a.rollout.seed, "teacher", a.start, i))
+            for a, p, t in zip(asks, prefixes, trunk_of, strict=True)
+            for i in range(a.n)
+        ]
+        own = self.loaded.tokens
+        written = iter(write(self.loaded.model, trunks, rows, vocab=own.vocab, eos=own.eos, how=self.how))
+        computed = [0] * len(trunks)  # tokens of each trunk that have been paid for
         out: list[Feedback] = []
-        for ask, prefix in zip(asks, prefixes, strict=True):
+        for ask, prefix, trunk in zip(asks, prefixes, trunk_of, strict=True):
             mine = [next(written) for _ in range(ask.n)]
             texts = [tokenizer.decode(list(w.ids), **chat.PLAIN) for w in mine]
             if self.foreign and ask.unit == "student" and ask.length is not None:
                 texts = [chat.cut(self.student.tokenizer, text, ask.length) for text in texts]
+            new = max(mine[0].shared - computed[trunk], 0)
+            computed[trunk] += new
             usage = Usage(
                 read=len(prefix) * ask.n,
-                cached=sum(w.shared for w in mine),
+                cached=sum(w.shared for w in mine) - new,
                 written=sum(len(w.ids) for w in mine),
             )
             out.append(
@@ -133,6 +121,23 @@ class HFTeacher:
                 )
             )
         return out
+
+    def _trunks(
+        self, asks: Sequence[Ask], prefixes: Sequence[tuple[int, ...]]
+    ) -> tuple[list[tuple[int, ...]], list[int]]:
+        """What is read once, and which of it each question continues: a rollout's longest prefix holds the others."""
+        trunks: list[tuple[int, ...]] = []
+        place: dict[tuple[str | int, ...], int] = {}
+        for ask, prefix in zip(asks, prefixes, strict=True):
+            t = place.setdefault(self._trunk(ask), len(trunks))
+            if t == len(trunks):
+                trunks.append(prefix)
+            elif len(prefix) > len(trunks[t]):
+                trunks[t] = prefix
+        return trunks, [place[self._trunk(ask)] for ask in asks]
+
+    def _trunk(self, ask: Ask) -> tuple[str | int, ...]:
+        return ask.rollout.key if self.share else ask.key
 
     def _prefix(self, ask: Ask) -> tuple[int, ...]:
         """What the teacher reads: its own rendering of the prompt, then the student's answer up to `start`."""

@@ -3,7 +3,9 @@
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
-from potstill.errors import DataError
+from pydantic import model_validator
+
+from potstill.errors import DataError, require
 from potstill.verifiers.base import Verifier, gold
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ class Math(Verifier, frozen=True):
     """
 
     kind: Literal["math"] = "math"
+
+    @model_validator(mode="after")
+    def _installed(self) -> "Math":
+        require("math_verify", "math", "verifier math")
+        return self
 
     def extract(self, text: str) -> str | None:
         """The answer as it was written, without the box or the dollar signs around it."""
@@ -51,7 +58,7 @@ def _parse(text: str) -> list[Any]:
     """The last expression in `text` as [SymPy object, string]; [] if there is none."""
     from math_verify import parse
 
-    return parse(text, parsing_timeout=_limit())  # pyright: ignore[reportArgumentType]  # None is documented
+    return parse(text, parsing_timeout=_limit())  # None is documented
 
 
 def _limit() -> int | None:
