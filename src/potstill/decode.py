@@ -28,7 +28,6 @@ from potstill.divergence import entropy
 from potstill.seeds import uniforms
 from potstill.types import Finish
 
-
 WIDE = 1 << 25
 """Rows times vocabulary while drawing tokens: about five float32 tensors of this size, whatever the model."""
 
@@ -260,6 +259,6 @@ def _choose(logp: Float[Tensor, "R V"], draw: Float[Tensor, " R"], how: Decoding
     if how.top_p < 1:
         ranked, order = probability.sort(-1, descending=True)
         outside = ranked.cumsum(-1) - ranked >= how.top_p
-        probability = probability.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
+        probability = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(outside, 0.0))
     cdf = probability.cumsum(-1)
     return torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logp.shape[-1] - 1)

@@ -4,6 +4,19 @@ import math
 
 import pytest
 import torch
+from tests.tabular import (
+    ANSWERS,
+    LETTERS,
+    Tabular,
+    V,
+    double,
+    expected_gradient,
+    probability,
+    rollout,
+    rows,
+    scored,
+    table,
+)
 
 from potstill import divergence as D
 from potstill.batch import collate
@@ -13,7 +26,6 @@ from potstill.methods.opd import OPD
 from potstill.methods.sampled_kl import SampledKL
 from potstill.methods.sft import SFT
 from potstill.types import Ask, Feedback, Reviewed
-from tests.tabular import ANSWERS, LETTERS, Tabular, V, double, expected_gradient, probability, rollout, rows, scored, table
 
 THETA, TEACHER, START = table(0), table(1), table(2)
 
