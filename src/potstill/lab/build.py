@@ -43,7 +43,7 @@ def student(seed: int) -> Pair:
     """Right workings, stopped early, then a few with slips in them."""
     tokenizer = character_tokenizer()
     model = new_model(tokenizer, derive("lab", "student", seed))
-    train(model, tokenizer, corpus.plain, steps=260, lr=2.5e-3, seed=derive("student", seed))
+    train(model, tokenizer, corpus.plain, steps=290, lr=2.5e-3, seed=derive("student", seed))
     slipping = partial(corpus.plain, slips=SLIPS)
     train(model, tokenizer, slipping, steps=60, lr=2e-3, seed=derive("student", "slips", seed))
     return model, tokenizer
@@ -53,7 +53,7 @@ def foreign(seed: int) -> Pair:
     """Three notations, cut anywhere, and other people's mistakes to go on from."""
     tokenizer = foreign_tokenizer()
     model = new_model(tokenizer, derive("lab", "foreign", seed))
-    train(model, tokenizer, corpus.foreign, steps=3000, lr=2.5e-3, seed=derive("foreign", seed))
+    train(model, tokenizer, corpus.foreign, steps=2500, lr=2.5e-3, seed=derive("foreign", seed))
     return model, tokenizer
 
 
