@@ -122,6 +122,11 @@ def _check_rollouts(config: Config, method: Method) -> None:
             f"rollouts.group = {group}, but {who} to a prompt, so each would be learnt {group} times over. "
             "Set rollouts.group = 1"
         )
+    if "entropy" in method.needs and method.author != "student":
+        raise ConfigError(
+            f"{method.name} needs the entropies of what it learns from, but its rollouts are written by the "
+            f"{method.author}, and only the student's have them. Let the student write"
+        )
     method.check(room)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from potstill.types import Ask, Author, Batch, Prompt, Reviewed, Rollout, Target, Wants
 
-Need = Literal["entropy", "verdict", "reference", "variety"]
-"""entropy and verdict of every rollout; the frozen initial student; a teacher whose answers differ (temperature > 0)."""
+Need = Literal["entropy", "reference", "variety"]
+"""The entropies of a rollout; the frozen initial student; a teacher whose answers differ (temperature > 0)."""
 Metrics = dict[str, Float[Tensor, ""]]
 """Scalars without gradient. Those named *_max are combined over micro-batches by the maximum; all others are sums
 over the micro-batch divided by `batch.n_tokens`, so that adding them up gives the figure of the whole batch."""
