@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from potstill.config import DType
 from potstill.errors import ModelError, require
 from potstill.lab import model_path
 
 disable_progress_bar()
 
-DType = Literal["float32", "bfloat16"]
 PROBES = ("The quick brown fox, 12*34=408;\n\t#", "naïve — 你好 🙂", "def f(x):\n    return x  # y")
 
 

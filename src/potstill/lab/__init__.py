@@ -7,10 +7,9 @@
 `potstill.lab.build` makes them again from a seed. Needs no torch.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, unknown
 
 MODELS = Path(__file__).parent / "models"
 NAMES = ("teacher", "student", "foreign")
@@ -23,7 +22,5 @@ def model_path(name: str) -> Path:
         ConfigError: There is no such model.
     """
     if name not in NAMES:
-        close = get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "write one of those, or the path of a model"
-        raise ConfigError(f"the lab has no model {name!r}, only {', '.join(NAMES)}; {hint}")
+        raise ConfigError(unknown("lab model", name, NAMES))
     return MODELS / name
