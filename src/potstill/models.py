@@ -8,7 +8,7 @@ padding, and are cut off wherever logits are used, so that models padded to diff
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
