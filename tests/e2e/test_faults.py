@@ -125,7 +125,7 @@ RECIPES = {
         "lab/student has 23 tokens, lab/foreign has",
         "omniopd",
     ),
-    "unknown lab model": (["student.path=lab/studnet"], "no model 'studnet'", "did you mean 'student'?"),
+    "unknown lab model": (["student.path=lab/studnet"], "no lab model 'studnet'", "did you mean 'student'?"),
     "missing model folder": (["student.path=./nowhere"], "no folder ./nowhere", "lab/NAME"),
     "missing gguf file": (["student.path=nowhere.gguf"], "no file nowhere.gguf"),
     "eos that is no token": (["student.eos=['<end>']"], "no token '<end>'"),
