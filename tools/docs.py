@@ -8,6 +8,7 @@ import argparse
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,10 +19,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from potstill import catalogue, config, registry
+from potstill import catalogue, config, credit, registry
 from potstill.logged import LOGGED
+from potstill.methods.base import Method
+from potstill.methods.token_credit import TokenCredit
 from potstill.tasks import TASKS
 from potstill.tasks.rows import Rows
+from potstill.types import Wants
 from potstill.verifiers import Exact, Math
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -32,14 +36,21 @@ TABLES: dict[str, tuple[type[BaseModel], str]] = {
     "[student]": (config.Student, ""),
     "[student.lora]": (config.LoRA, "Optional. "),
     "[teacher]": (config.Teacher, "Left out where the method asks no teacher. "),
+    "[reference]": (config.Teacher, 'Only for methods with `reference = "base"`; the same fields as [teacher]. '),
+    "[budget]": (config.Budget, "Instead of `steps`. "),
     "[rollouts]": (config.Rollouts, ""),
+    "[rollouts.horizon]": (config.Horizon, "Optional. "),
+    "[select]": (config.Select, "Optional. "),
     "[learner]": (config.Learner, ""),
     "[eval]": (config.Evaluation, ""),
     "[save]": (config.Save, ""),
 }
 """Heading of a table: its class, and a word before the docstring."""
 
-NESTED = {"student", "lora", "teacher", "task", "method", "rollouts", "learner", "eval", "save"}
+NESTED = {
+    *("student", "lora", "teacher", "reference", "budget", "task", "method", "rollouts", "horizon", "select"),
+    *("learner", "eval", "save"),
+}
 """Fields that are tables of their own."""
 
 KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", dict: "table"}
@@ -87,27 +98,84 @@ def default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
+def row(name: str, field: FieldInfo, meaning: str, preset: Any = None) -> str:
+    """A line of a table; `preset` is the default where it is not the field's own."""
+    limits = [f"{LIMITS[a]} {getattr(m, a)}" for m in field.metadata for a in LIMITS if hasattr(m, a)]
+    usual = default(field) if preset is None else f"`{json.dumps(preset)}`"
+    cells = [f"`{name}`", ", ".join([kind(field.annotation), *limits]), usual, meaning]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+
+
+def rows(cls: type[BaseModel], prefix: str, preset: BaseModel | None) -> list[str]:
+    """The fields of a table within a table, with the defaults of the one it stands in."""
+    meaning = texts(cls)
+    given = {} if preset is None else dict(preset)
+    return [row(f"{prefix}{n}", f, meaning.get(n, ""), given.get(n)) for n, f in cls.model_fields.items()]
+
+
+def _table_of(field: FieldInfo) -> type[BaseModel] | None:
+    parts = (field.annotation, *get_args(field.annotation))
+    return next((t for t in parts if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
 def table(cls: type[BaseModel], skip: Sequence[str] = ()) -> str:
     """The fields of a class as Markdown; tables of their own, and `skip`, are left out."""
-    meaning = texts(cls)
+    meaning, prefix = texts(cls), ""
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    inner: list[str] = []
     for name, field in cls.model_fields.items():
-        if name in skip or name in NESTED:
+        if name in skip or (name in NESTED and _table_of(field)):
             continue
-        limits = [f"{LIMITS[a]} {getattr(m, a)}" for m in field.metadata for a in LIMITS if hasattr(m, a)]
-        cells = [f"`{name}`", ", ".join([kind(field.annotation), *limits]), default(field), meaning.get(name, "")]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
+        if part := _table_of(field):
+            preset = field.default if isinstance(field.default, BaseModel) else None
+            inner += rows(part, f"{prefix}{name}.", preset)
+        else:
+            lines.append(row(f"{prefix}{name}", field, meaning.get(name, "")))
+    lines += inner
     return "\n".join(lines) + "\n" if len(lines) > 2 else "No fields.\n"
 
 
 def methods() -> str:
-    """One section per method: the docstring of its file, and its fields."""
+    """One section per method: the docstring of its file, and its fields; the token-credit family side by side."""
+    found = {name: registry.method_class(name) for name in registry.METHODS}
+    family = [name for name, cls in found.items() if issubclass(cls, TokenCredit)]
     out = [GENERATED, "# Methods\n", "The same as `potstill methods NAME`. All quantities are in nats and tokens.\n"]
-    for name in registry.METHODS:
+    out.append("## The token-credit family\n\n```text\n" + (inspect.getdoc(credit) or "") + "\n```\n")
+    out += ["| method | A_t | needs |", "|---|---|---|"]
+    for name in family:
+        lines = [line.strip() for line in catalogue.describe(name).equation.splitlines()]
+        equations = [line for line in lines if line.startswith(("A_t =", "c_t =", "w_t =", "m_t ="))]
+        shown = "<br>".join(map(formula, equations)) if equations else ""
+        out.append(f"| `{name}` | {shown.replace('|', chr(92) + '|')} | {needs(found[name]())} |")
+    out.append("\nTheir loss, and the fields that all of them have:\n")
+    out.append("```text\n" + (inspect.getdoc(inspect.getmodule(TokenCredit)) or "") + "\n```\n")
+    out.append(table(TokenCredit, skip=("name",)))
+    common = set(TokenCredit.model_fields)
+    for name, cls in found.items():
         method = catalogue.describe(name)
         out.append(f"## {name}\n\n{method.summary}\n\n```text\n{method.equation}\n```\n")
-        out.append(table(registry.method_class(name), skip=("name",)))
+        own = [
+            n
+            for n, f in cls.model_fields.items()
+            if name in family and n in common and n not in vars(cls)["__annotations__"]
+        ]
+        out.append(table(cls, skip=("name", *own)))
     return "\n".join(out)
+
+
+def formula(line: str) -> str:
+    """`A_t = ...` as code, and what stands far behind it in words."""
+    code, *words = re.split(r"\s{3,}", line)
+    return f"`{code}`" + "".join(f" ({word})" for word in words)
+
+
+def needs(method: Method) -> str:
+    """What a method needs, with its defaults, in words."""
+    teacher = {Wants.NOTHING: [], Wants.SAMPLED: ["teacher's log-probs"]}[method.wants]
+    words = {"verdict": "verdicts", "group": "several answers to a prompt", "entropy": "entropies"}
+    of = {"start": "the initial student's log-probs", "base": "those of a base"}
+    also = [of[method.refers_to]] if method.refers_to else []
+    return ", ".join([*teacher, *(words[n] for n in words if n in method.needs), *also])
 
 
 def metrics() -> str:

@@ -17,30 +17,40 @@ def count_tokens(targets: Sequence[Target]) -> float:
     return max(float(sum(_trained(t).sum().item() for t in targets)), 1.0)
 
 
-def collate(targets: Sequence[Target], n_tokens: float | None = None) -> Batch:
-    """Pad targets to [B, T]. `n_tokens` is the divisor of the *whole* batch where this is one micro-batch of it."""
+def collate(targets: Sequence[Target], n_tokens: float | None = None, n_rollouts: int | None = None) -> Batch:
+    """Pad targets to [B, T]. `n_tokens` and `n_rollouts` are those of the *whole* batch if this is a part of it.
 
-    def pad(name: str, fill: float = 0.0) -> Tensor | None:
-        rows = [getattr(t, name) for t in targets]
-        return None if rows[0] is None else pad_sequence(rows, batch_first=True, padding_value=fill)
+    What only some of the targets have is 0 on the others, and carries no weight there.
+    """
 
+    def pad(rows: Sequence[Tensor | None]) -> Tensor | None:
+        like = next((row for row in rows if row is not None), None)
+        if like is None:
+            return None
+        full = [
+            like.new_zeros(n, *like.shape[1:]) if row is None else row for row, n in zip(rows, lengths, strict=True)
+        ]
+        return pad_sequence(full, batch_first=True)
+
+    def field(name: str) -> Tensor | None:
+        return pad([getattr(t, name) for t in targets])
+
+    lengths = [len(t.rollout.response_ids) for t in targets]
     labels = [torch.tensor(t.rollout.response_ids, dtype=torch.long) for t in targets]
-    old = [t.rollout.old_logp for t in targets]
-    weight = pad("weight")
-    assert weight is not None
+    old = [torch.tensor(t.rollout.old_logp or [0.0] * n) for t, n in zip(targets, lengths, strict=True)]
     return Batch(
         prompt_ids=tuple(t.rollout.prompt_ids for t in targets),
-        labels=pad_sequence(labels, batch_first=True, padding_value=0),
-        mask=pad_sequence([torch.ones(len(row)) for row in labels], batch_first=True, padding_value=0.0),
-        weight=weight,
-        old_logp=None
-        if any(row is None for row in old)
-        else pad_sequence([torch.tensor(row) for row in old], batch_first=True, padding_value=0.0),
-        anchor=pad("anchor"),
-        advantage=pad("advantage"),
-        teacher_ids=pad("teacher_ids"),
-        teacher_logp=pad("teacher_logp"),
+        labels=pad_sequence(labels, batch_first=True),
+        mask=pad_sequence([torch.ones(n) for n in lengths], batch_first=True),
+        weight=pad_sequence([t.weight for t in targets], batch_first=True),
+        old_logp=pad_sequence(old, batch_first=True),
+        anchor=field("anchor"),
+        advantage=field("advantage"),
+        imitate=field("imitate"),
+        teacher_ids=field("teacher_ids"),
+        teacher_logp=field("teacher_logp"),
         n_tokens=count_tokens(targets) if n_tokens is None else n_tokens,
+        n_rollouts=float(len(targets) if n_rollouts is None else n_rollouts),
     )
 
 
@@ -60,4 +70,5 @@ def info_means(targets: Sequence[Target]) -> dict[str, float]:
 
 
 def _trained(target: Target) -> Float[Tensor, " T"]:
-    return ((target.weight != 0) | (target.anchor != 0 if target.anchor is not None else False)).float()
+    terms = [v for v in (target.weight, target.anchor, target.imitate) if v is not None]
+    return torch.stack([v != 0 for v in terms]).any(0).float()

@@ -19,6 +19,7 @@ from potstill.models import Tokens
 from potstill.samplers.base import Sampler
 from potstill.samplers.data import DataSampler, answer_ids
 from potstill.samplers.hf import HFSampler, Translated, prompt_within
+from potstill.samplers.phased import PhasedSampler
 from potstill.tasks.base import Task
 from potstill.teachers.base import Teacher as TeacherProtocol
 from potstill.teachers.hf import HFTeacher
@@ -49,8 +50,10 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
     """Everything that can go wrong before a weight is loaded. Returns the student's tokens and the questions."""
     method, task = _method(config), _task(config)
     _check_teacher(config, method)
+    _check_reference(config, method)
     _check_rollouts(config, method)
-    if config.learner.warmup >= config.steps:
+    _check_selection(config, method)
+    if config.steps and config.learner.warmup >= config.steps:
         raise ConfigError(
             f"learner.warmup = {config.learner.warmup} is not shorter than steps = {config.steps}, so the learning rate "
             "would never arrive. Lower warmup or raise steps"
@@ -75,10 +78,16 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
         elif method.author == "teacher" and models.same_tokenizer(student, teacher) is None:
             models.check_eos(student, teacher)
         readers.append(teacher)
+    if config.reference is not None:
+        device(config.reference.device)
+        models.check_shared(student, models.load_tokens(config.reference.path, config.reference.eos))
     questions = task.questions(config.eval.split, config.eval.questions) if config.eval.questions else []
-    for prompt in [*questions, *task.draw(config.seed, 1, config.rollouts.prompts), *task.known()]:
+    asked = [*task.draw(config.seed, 1, config.rollouts.prompts), *task.known()]
+    for prompt in [*questions, *asked]:
         for tokens in readers:
             prompt_within(tokens, prompt, config.rollouts.max_tokens)
+    if "verdict" in method.needs:
+        _check_answers(method, asked)
     if method.author == "data":
         for prompt in task.known():
             answer_ids(student, prompt, config.rollouts.max_tokens)
@@ -88,13 +97,15 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
 def _check_teacher(config: Config, method: Method) -> None:
     name, teacher = method.name, config.teacher
     if teacher is None:
-        if method.wants > Wants.NOTHING or method.author == "teacher":
-            what = "its answers" if method.author == "teacher" else NEEDS[method.wants]
+        if not method.teacherless:
+            what = NEEDS[method.wants] if method.wants > Wants.NOTHING else "its answers"
             raise ConfigError(
                 f"{name} learns from a teacher ({what}), but the recipe names none. Add [teacher] with path = ..."
             )
+        if config.budget.teacher_tokens:
+            raise ConfigError(f"budget.teacher_tokens never ends a run of {name}, which asks no teacher. Give steps")
         return
-    if method.wants is Wants.NOTHING and method.author != "teacher":
+    if method.teacherless:
         raise ConfigError(f"{name} as set here asks no teacher, so [teacher] would have no effect. Remove the table")
     if teacher.text_only and method.wants > Wants.TEXT:
         raise ConfigError(
@@ -106,10 +117,53 @@ def _check_teacher(config: Config, method: Method) -> None:
             f"{name} reads the teacher's scores, which are always at temperature 1, so teacher.temperature and top_p would "
             "have no effect. Remove them (opd: method.teacher_temperature flattens the scores)"
         )
+    if teacher.shuffled and method.wants is not Wants.TEXT:
+        raise ConfigError(
+            f"teacher.shuffled gives every prompt the continuations of another, but {name} asks for none. Remove it, or "
+            "use a method that learns from continuations, such as omniopd"
+        )
     if teacher.temperature == 0 and "variety" in method.needs:
         raise ConfigError(
             f"{name} asks for several answers to the same question, but teacher.temperature = 0 makes them all the same "
             "text: one answer counted many times, at many times the price. Set teacher.temperature = 1, or ask once"
+        )
+
+
+def _check_reference(config: Config, method: Method) -> None:
+    if method.refers_to == "base" and config.reference is None:
+        raise ConfigError(
+            f'{method.name} with reference = "base" starts from the teacher before its RL, but the recipe does not name that '
+            'model. Add [reference] with path = ..., or set method.reference = "start" (the initial student)'
+        )
+    if method.refers_to != "base" and config.reference is not None:
+        raise ConfigError(
+            f"{method.name} as set here asks no other model for a reference, so [reference] would have no effect. Remove "
+            'the table, or use a method with reference = "base"'
+        )
+
+
+def _check_answers(method: Method, prompts: list[Prompt]) -> None:
+    without = [p.id for p in prompts if p.answer is None]
+    if without:
+        raise ConfigError(
+            f"{method.name} as set here needs a verdict on every answer, but {len(without)} of {len(prompts)} prompts have "
+            f"no answer to compare with (the first: {without[0]!r}). Add the column, or use a method without a verifier, such "
+            "as sampled_kl"
+        )
+
+
+def _check_selection(config: Config, method: Method) -> None:
+    if config.select is None or config.select.by == "random":
+        return
+    if method.author != "student":
+        raise ConfigError(
+            f"select.by = {config.select.by!r} looks at the student's own tokens, but {method.name} learns from the "
+            f"{method.author}'s. Remove [select], or use by = 'random'"
+        )
+    if config.select.by != "entropy" and method.wants < Wants.SAMPLED:
+        raise ConfigError(
+            f"select.by = {config.select.by!r} compares the teacher's scores with the student's, but {method.name} asks for "
+            "none. Use by = 'entropy', or a method that asks for scores"
         )
 
 
@@ -121,6 +175,22 @@ def _check_rollouts(config: Config, method: Method) -> None:
         raise ConfigError(
             f"rollouts.group = {group}, but {who} to a prompt, so each would be learnt {group} times over. "
             "Set rollouts.group = 1"
+        )
+    if "group" in method.needs and group < 2:
+        raise ConfigError(
+            f"{method.name} as set here compares the answers to a prompt with each other, but rollouts.group = {group}, so "
+            "none would be better than another. Set rollouts.group = 8 (and fewer rollouts.prompts), or use a method that "
+            "takes right and wrong as they are (opdvr; sgopd with sign = 'outcome')"
+        )
+    if config.rollouts.resample and (group < 2 or "verdict" not in method.needs):
+        raise ConfigError(
+            f"rollouts.resample = {config.rollouts.resample} replaces prompts whose answers all score alike, which needs "
+            f"several answers to a prompt (rollouts.group = {group}) and a method that uses verdicts ({method.name}). Remove it"
+        )
+    if config.rollouts.horizon and (config.rollouts.horizon.start >= room or method.author == "data"):
+        raise ConfigError(
+            f"rollouts.horizon.start = {config.rollouts.horizon.start} shortens nothing: answers have at most {room} tokens "
+            f"(rollouts.max_tokens) and are written by the {method.author}. Lower it, or remove the horizon"
         )
     if "entropy" in method.needs and method.author != "student":
         raise ConfigError(
@@ -155,6 +225,7 @@ class Parts:
     sampler: Sampler
     """Writes what the method learns from: the student, the teacher or the data set."""
     teacher: TeacherProtocol | None
+    reference: TeacherProtocol | None
 
 
 def build(config: Config) -> Parts:
@@ -181,26 +252,34 @@ def build(config: Config) -> Parts:
         learner=learner,
         sampler=_sampler(config, method, learner, teacher),
         teacher=teacher,
+        reference=_reference(config, method, learner),
     )
 
 
 def _load_teacher(config: Teacher, student: Tokens) -> HFTeacher:
     loaded = models.load(config.path, dtype=config.dtype, device=device(config.device), eos=config.eos)
     how = Decoding(temperature=config.temperature, top_p=config.top_p, cells=config.batch_cells)
-    return HFTeacher(loaded, student, decoding=how, text_only=config.text_only)
+    return HFTeacher(loaded, student, decoding=how, text_only=config.text_only, shuffled=config.shuffled)
+
+
+def _reference(config: Config, method: Method, learner: LocalLearner) -> HFTeacher | None:
+    if method.refers_to == "start":
+        initial, around = learner.initial()
+        how = Decoding(cells=config.rollouts.batch_cells)
+        return HFTeacher(initial, learner.tokens, decoding=how, around=around)
+    return _load_teacher(config.reference, learner.tokens) if config.reference else None
 
 
 def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: HFTeacher | None) -> Sampler:
-    room, cells = config.rollouts.max_tokens, config.rollouts.batch_cells
     if method.author == "data":
-        return DataSampler(learner.tokens, max_tokens=room)
-    if method.author == "teacher":
-        assert teacher is not None
-        # A foreign teacher may need more tokens for the same text; what is too long for the student is then cut.
-        limit = room * 2 if teacher.foreign else room
-        writer = HFSampler(teacher.loaded, max_tokens=limit, decoding=teacher.how)
-        return Translated(writer, learner.tokens, max_tokens=room)
-    return HFSampler(learner.loaded, max_tokens=room, decoding=Decoding(cells=cells))
+        return DataSampler(learner.tokens)
+    student = HFSampler(learner.loaded, decoding=Decoding(cells=config.rollouts.batch_cells))
+    if teacher is None or (method.author == "student" and method.examples is None):
+        return student
+    writer = Translated(HFSampler(teacher.loaded, decoding=teacher.how), learner.tokens)
+    if method.examples is None:
+        return writer
+    return PhasedSampler(student, writer, _task(config).verifier(), method.examples)
 
 
 def environment() -> dict[str, Any]:

@@ -42,8 +42,12 @@ def describe(name: str) -> Described:
         raise ConfigError(unknown("method", name, known))
     module, _, class_name = known[name].partition(":")
     tree = ast.parse(_source(module))
-    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
-    return Described(name, ast.get_docstring(tree) or "", ast.get_docstring(cls) or "", tuple(_fields(cls)))
+    cls = _class(tree, class_name)
+    return Described(name, ast.get_docstring(tree) or "", ast.get_docstring(cls) or "", tuple(_fields(tree, cls)))
+
+
+def _class(tree: ast.Module, name: str) -> ast.ClassDef:
+    return next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
 
 
 def _source(module: str) -> str:
@@ -57,13 +61,41 @@ def _source(module: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _fields(cls: ast.ClassDef) -> Iterator[FieldOf]:
+def _fields(tree: ast.Module, cls: ast.ClassDef) -> Iterator[FieldOf]:
+    """A class's own fields, then those of the classes of potstill that it derives from, then those of its tables."""
+    own = list(_own(cls))
+    yield from own
+    seen = {field.name for field in own}
+    for base in cls.bases:
+        for field in _imported(tree, ast.unparse(base)):
+            if field.name not in seen:
+                yield field
+                seen.add(field.name)
+    for field in own:
+        for inner in _imported(tree, field.type):
+            name = f"{field.name}.{inner.name}"
+            if name not in seen:
+                yield FieldOf(name, inner.type, inner.default, inner.text)
+                seen.add(name)
+
+
+def _own(cls: ast.ClassDef) -> Iterator[FieldOf]:
     for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id != "name":
             text = ""
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 text = " ".join(str(after.value.value).split())
             yield FieldOf(node.target.id, ast.unparse(node.annotation), _default(node.value), text)
+
+
+def _imported(tree: ast.Module, name: str) -> Iterator[FieldOf]:
+    """The fields of a class that the module imports from elsewhere in potstill."""
+    for node in tree.body:
+        ours = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("potstill.")
+        if isinstance(node, ast.ImportFrom) and ours and name in {alias.name for alias in node.names}:
+            there = ast.parse(_source(node.module or ""))
+            if any(isinstance(n, ast.ClassDef) and n.name == name for n in there.body):
+                yield from _fields(there, _class(there, name))
 
 
 def _default(value: ast.expr | None) -> str:

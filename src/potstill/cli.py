@@ -30,6 +30,7 @@ out = Console()
 
 Recipe = Annotated[str, typer.Argument(help="A TOML file, or a recipe that comes with potstill.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as learner.lr=1e-4", show_default=False)]
+Variant = Annotated[str | None, typer.Option(help="An entry of the recipe's [variants].", show_default=False)]
 Root = Annotated[Path, typer.Option(help="Folder of the runs.")]
 
 
@@ -45,11 +46,11 @@ def demo(
 
 
 @app.command()
-def check(recipe: Recipe, overrides: Overrides = None) -> None:
+def check(recipe: Recipe, overrides: Overrides = None, variant: Variant = None) -> None:
     """Check a recipe without loading a weight, and print every field as understood."""
     from potstill import build, config
 
-    parsed, _ = config.read(recipe, overrides or [])
+    parsed, _ = config.read(recipe, overrides or [], variant)
     build.check(parsed)
     out.print_json(parsed.model_dump_json())
     out.print(f"[green]{escape(recipe)} can run.[/green]")
@@ -59,14 +60,15 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
+    variant: Variant = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     root: Root = Path("runs"),
 ) -> None:
     """Train a student as the recipe says."""
     from potstill import config, loop, progress
 
-    parsed, text = config.read(recipe, overrides or [])
-    with progress.Bar(out, parsed.steps) as bar:
+    parsed, text = config.read(recipe, overrides or [], variant)
+    with progress.Bar(out) as bar:
         run = loop.train(parsed, root, text=text, resume=resume, watch=bar)
     if rows := run.evals:
         out.print(progress.evaluations([row for row in rows if row["step"] in (0, rows[-1]["step"])], str(run.path)))
@@ -136,13 +138,14 @@ def sample(
     from potstill import build, models
     from potstill.decode import Decoding
     from potstill.samplers.hf import HFSampler
-    from potstill.types import Prompt
+    from potstill.types import Prompt, Turn
 
     path, _ = _model_of(model)
     loaded = models.load(path, device=build.device("auto"))
-    sampler = HFSampler(loaded, max_tokens=max_tokens, decoding=Decoding(temperature=temperature, top_p=top_p))
+    sampler = HFSampler(loaded, decoding=Decoding(temperature=temperature, top_p=top_p))
     asked = [Prompt(id=p, messages=({"role": "user", "content": p},)) for p in prompts]
-    for group in asyncio.run(sampler.sample(asked, n, seed=seed, step=0)):
+    turn = Turn(seed=seed, step=0, max_tokens=max_tokens)
+    for group in asyncio.run(sampler.sample(asked, n, turn)):
         for rollout in group:
             out.print(rollout.prompt.id, style="bold", end=" ", markup=False, highlight=False)
             out.print(rollout.text(), markup=False, highlight=False, soft_wrap=True)
@@ -169,6 +172,59 @@ def report(
         raise ConfigError(f"--out {page}: there is no folder {page.parent}. Make it, or give another place")
     write(page, [Run.open(folder) for folder in folders], summary=summary)
     out.print(f"Wrote {page}")
+
+
+@app.command()
+def compare(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Variants of the recipe, or methods, with fields if need be: opd,omniopd:beta=0:learner.lr=3e-4. "
+            "Default: all variants.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Such as 0-4 or 0,2,5.")] = "0-4",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="steps=N, rollout_tokens=N, teacher_tokens=N or cpu_seconds=N. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. Default: one for each core.", show_default=False)
+    ] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Its folder. Default: runs/compare-NAME. One that is there goes on.", show_default=False
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Differences are taken to this variant. Default: the first.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare methods: the same start, questions, seeds and budget; intervals, and a winner only if there is one."""
+    from potstill.comparison import compare as run
+    from potstill.comparison.plan import parse_seeds, split_methods
+
+    done = run(
+        recipe,
+        split_methods(methods or ""),
+        parse_seeds(seeds),
+        overrides=overrides or [],
+        budget=",".join(budget) if budget else None,
+        out=out_dir,
+        jobs=jobs,
+        against=against,
+        console=out,
+    )
+    out.print(done.tables())
+    out.print(done.figures["winner"]["sentence"], highlight=False, markup=False, soft_wrap=True)
+    out.print(f"Curves: open {done.folder / 'comparison.html'} in a browser.", soft_wrap=True)
 
 
 @app.command()

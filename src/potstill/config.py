@@ -3,12 +3,14 @@
 Every default here is a setting that was tested. There are no presets.
 """
 
+import copy
+import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from potstill import registry
 from potstill.errors import ConfigError, unknown
@@ -66,8 +68,38 @@ class Teacher(Part):
     """Of the text it writes: only the likeliest tokens that together have this probability."""
     text_only: bool = False
     """Treat it as a teacher that returns nothing but text, even if it shares the student's tokenizer."""
+    shuffled: bool = False
+    """A control: what it writes for one prompt is shown as its answer to another."""
     batch_cells: int = Field(65_536, gt=0)
     """Rows times tokens held in its cache at once: the bound on memory."""
+
+
+class Horizon(Part):
+    """Learn from the beginnings of answers first: H = start + grow * ((step - 1) // every) tokens, at most max_tokens.
+
+    With `grow` = 0 it stays there (TOPD), else it moves on (POPD, arXiv:2605.31490). What is cut off has no verdict.
+    """
+
+    start: int = Field(gt=0)
+    """Tokens of an answer in the first step."""
+    grow: int = Field(0, ge=0)
+    """Tokens more, every so often."""
+    every: int = Field(1, gt=0)
+    """Steps between."""
+
+    def at(self, step: int, max_tokens: int) -> int:
+        """H of a step, counted from 1."""
+        return min(max_tokens, self.start + self.grow * ((step - 1) // self.every))
+
+
+class Select(Part):
+    """Which tokens learn: the share `keep` of a step's tokens that score highest. The others get weight 0."""
+
+    by: Literal["entropy", "divergence", "tip", "random"]
+    """The student's entropy; an estimate of KL(student || teacher) from the sampled token; h + d - h d of both, scaled to
+    0..1 (TIP, arXiv:2604.14084); or chance, as a control."""
+    keep: float = Field(0.5, gt=0, lt=1)
+    """Share of tokens that learn."""
 
 
 class Rollouts(Part):
@@ -79,6 +111,10 @@ class Rollouts(Part):
     """Answers to each prompt."""
     max_tokens: int = Field(48, gt=0)
     """Longest answer, in student tokens, in training and in evaluation."""
+    horizon: Horizon | None = None
+    """Shorter answers in training."""
+    resample: int = Field(0, ge=0)
+    """How often other prompts take the place of those whose answers all score alike (DAPO's dynamic sampling)."""
     batch_cells: int = Field(65_536, gt=0)
     """Rows times tokens held in the student's cache at once: the bound on memory."""
 
@@ -102,6 +138,8 @@ class Learner(Part):
     """Largest gradient norm; 0: no clipping."""
     micro_batch: int = Field(0, ge=0)
     """Rollouts in one forward and backward pass; 0: all. Changes memory, never the gradient."""
+    updates: int = Field(1, gt=0)
+    """Optimiser steps on the same rollouts. Those after the first are off-policy; only token-credit methods correct that."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the student's arithmetic; bfloat16 keeps its weights as they are loaded (autocast)."""
 
@@ -134,6 +172,22 @@ class Save(Part):
     """Rollouts written each time."""
 
 
+class Budget(Part):
+    """When a run ends, if not after a number of steps. At most one of these; the step that reaches it is the last."""
+
+    rollout_tokens: int | None = Field(None, gt=0)
+    """Tokens of the answers learnt from."""
+    teacher_tokens: int | None = Field(None, gt=0)
+    """Tokens the teacher read and wrote, those of shared prefixes counted each time."""
+    cpu_seconds: float | None = Field(None, gt=0)
+    """CPU seconds of training steps. Such a run ends elsewhere on another machine."""
+
+    @property
+    def given(self) -> tuple[str, float] | None:
+        """Name and size of the one that is set."""
+        return next(((name, float(value)) for name, value in self if value is not None), None)
+
+
 class Config(Part):
     """A run."""
 
@@ -141,16 +195,29 @@ class Config(Part):
     """Folder of the run, under runs/."""
     seed: int = Field(0, ge=0)
     """Every random number of the run derives from it."""
-    steps: int = Field(gt=0)
-    """Optimiser steps."""
+    steps: int | None = Field(None, gt=0)
+    """Batches of rollouts learnt from. Either this or a budget."""
+    budget: Budget = Budget()
+    """Ends the run by what it spends instead."""
     student: Student
     teacher: Teacher | None = None
+    reference: Teacher | None = None
+    """The model that extrapolation starts from, for `reference = "base"`."""
     task: SerializeAsAny[BaseModel]
     method: SerializeAsAny[BaseModel]
     rollouts: Rollouts = Rollouts()
+    select: Select | None = None
     learner: Learner = Learner()
     eval: Evaluation = Evaluation()
     save: Save = Save()
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "Config":
+        ends = ["steps"] * (self.steps is not None) + [f"budget.{name}" for name, value in self.budget if value]
+        if len(ends) != 1:
+            said = f"{' and '.join(ends)} contradict each other" if ends else "nothing says when the run ends"
+            raise ValueError(f"{said}; give steps, or one of the fields of [budget]: {', '.join(Budget.model_fields)}")
+        return self
 
 
 def recipes() -> dict[str, Path]:
@@ -158,8 +225,36 @@ def recipes() -> dict[str, Path]:
     return {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 
 
-def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
-    """A recipe and its text. `recipe` is a file, or the name of one that comes with the package. Raises ConfigError."""
+def read(recipe: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> tuple[Config, str]:
+    """A recipe and its text.
+
+    Args:
+        recipe: A TOML file, a JSON file such as a run's resolved.json, or the name of a recipe of the package.
+        overrides: `key=value`; they win over the variant.
+        variant: An entry of the recipe's [variants], laid over the rest. Unset: the recipe as it stands.
+
+    Raises:
+        ConfigError: It cannot be read, or is no recipe.
+    """
+    raw, variants, text = tables(recipe)
+    notes = list(overrides)
+    if variant is not None:
+        if variant not in variants:
+            raise ConfigError(
+                f"{recipe} has no [variants], so there is no variant {variant!r}. Leave --variant out, or add the table"
+                if not variants
+                else f"{recipe}: {unknown('variant', variant, variants)}"
+            )
+        raw = merged(raw, variants[variant])
+        notes.insert(0, f"variant {variant}")
+    for override in overrides:
+        _apply(raw, override)
+    shown = "".join(f"# {note}\n" for note in notes)
+    return parse(raw), (f"{text}\n# chosen on the command line:\n{shown}" if notes else text)
+
+
+def tables(recipe: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], str]:
+    """A recipe's tables as they stand, its variants by name, and its text in TOML. Raises ConfigError."""
     path = Path(recipe)
     if not path.is_file():
         known = recipes()
@@ -170,7 +265,7 @@ def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str
         path = known[str(recipe)]
     try:
         text = path.read_text(encoding="utf-8")
-        raw = tomllib.loads(text)
+        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a recipe that you may read") from None
     except UnicodeDecodeError as error:
@@ -179,10 +274,40 @@ def read(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str
         raise ConfigError(
             f"{path} is not TOML: {error}. See `potstill check` on one of: {', '.join(recipes())}"
         ) from None
-    for override in overrides:
-        _apply(raw, override)
-    shown = "".join(f"# {o}\n" for o in overrides)
-    return parse(raw), (f"{text}\n# overridden on the command line:\n{shown}" if overrides else text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}. Give a whole file, such as a run's resolved.json") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is no recipe: it holds no tables. Give a TOML file or a run's resolved.json")
+    if path.suffix == ".json":
+        text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in flat(raw).items())
+    variants = raw.pop("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        raise ConfigError(
+            f'{path}: [variants] should hold a table for each name, such as sft = {{method.name = "sft"}}'
+        )
+    return raw, variants, text
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, table by table; a method of another name takes nothing from the base's."""
+    out = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        there = out.get(key)
+        other = key == "method" and "name" in value and isinstance(there, dict) and there.get("name") != value["name"]
+        nested = isinstance(there, dict) and isinstance(value, Mapping) and not other
+        out[key] = merged(there or {}, value) if nested else copy.deepcopy(value)
+    return out
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and their values; those that are None are left out, as TOML has no word for them."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            out[f"{prefix}{key}"] = value
+    return out
 
 
 def parse(raw: dict[str, Any]) -> Config:
@@ -243,7 +368,9 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str) -> Itera
             yield f"{where}: missing, and it has no default"
         else:
             message = e["msg"].removeprefix("Value error, ")
-            yield f"{where} = {e['input']!r}: {message[0].lower()}{message[1:]}"
+            message = message[0].lower() + message[1:]
+            about_table = isinstance(e["input"], dict) and e["type"] == "value_error"  # no single value is at fault
+            yield ": ".join(filter(None, (where if about_table else f"{where} = {e['input']!r}", message)))
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

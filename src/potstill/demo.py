@@ -92,7 +92,7 @@ def _running(folder: Path, seed: int) -> Iterator[dict[str, subprocess.Popen[byt
 
 def _watch(folder: Path, processes: Mapping[str, subprocess.Popen[bytes]], console: Console) -> None:
     """Show where the runs are until both have ended."""
-    steps = {method: read(f"demo-{method}")[0].steps for method in METHODS}
+    steps = {method: read(f"demo-{method}")[0].steps or 0 for method in METHODS}
     if not console.is_terminal:
         while _both(processes):
             time.sleep(0.2)

@@ -68,3 +68,19 @@ def with_rest(logp: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K+1"]:
     seen = logp.exp().sum(-1, keepdim=True)
     rest = torch.log1p(-seen.clamp(max=1 - 4 * torch.finfo(logp.dtype).eps))
     return torch.cat([logp, rest], -1)
+
+
+def overlap(student_logp: Logits, teacher_logp: Logits, k: int = 16) -> dict[str, Nats]:
+    """How far two distributions have the same k likeliest tokens (arXiv:2604.13016); k is at most a quarter of V.
+
+    Shares of the k tokens, probability of the shared tokens under either, and |H(S) - H(T)| in nats; [..., V] -> [...].
+    """
+    k = min(k, max(student_logp.shape[-1] // 4, 1))
+    mine, theirs = student_logp.topk(k, -1).indices, teacher_logp.topk(k, -1).indices
+    both = (mine[..., :, None] == theirs[..., None, :]).any(-1).to(student_logp.dtype)  # of the student's k, [..., k]
+    return {
+        "overlap": both.mean(-1),
+        "overlap/student": (both * student_logp.gather(-1, mine).exp()).sum(-1),
+        "overlap/teacher": (both * teacher_logp.gather(-1, mine).exp()).sum(-1),
+        "entropy_gap": (entropy(student_logp) - entropy(teacher_logp)).abs(),
+    }

@@ -10,7 +10,7 @@ from potstill.decode import Decoding
 from potstill.metrics import Interval, avg_at_k, bootstrap, maj_at_k, pass_at_k, repetition
 from potstill.models import Loaded
 from potstill.samplers.hf import HFSampler
-from potstill.types import Prompt, Rollout
+from potstill.types import Prompt, Rollout, Turn
 from potstill.verifiers.base import Verifier
 
 Row = dict[str, Any]
@@ -33,8 +33,8 @@ async def evaluate(
     their answers can be compared question by question.
     """
     began = time.process_time()
-    sampler = HFSampler(loaded, max_tokens=max_tokens, decoding=how)
-    groups = await sampler.sample(questions, samples, seed=seed, step=-1)
+    sampler = HFSampler(loaded, decoding=how)
+    groups = await sampler.sample(questions, samples, Turn(seed=seed, step=-1, max_tokens=max_tokens))
     row = score(groups, verifier) | {
         "name": name,
         "samples": samples,
@@ -47,7 +47,8 @@ async def evaluate(
 def score(groups: Sequence[Sequence[Rollout]], verifier: Verifier) -> Row:
     """avg@k, pass@k, maj@k, and how the answers went wrong. [Q][k] answers -> one row.
 
-    For pass@k and maj@k an answer is right if its score is 1.
+    For pass@k and maj@k an answer is right if its score is 1. `scores` and `passes` are avg@k and pass@k of each
+    question, so that models can be compared question by question.
     """
     k = len(groups[0])
     correct = np.array([[verifier(r) for r in group] for group in groups])
@@ -62,7 +63,8 @@ def score(groups: Sequence[Sequence[Rollout]], verifier: Verifier) -> Row:
         "length": _per_question([[len(r.response_ids) for r in group] for group in groups]),
     }
     row: Row = {name: _rounded(bootstrap(values)) for name, values in per_question.items()}
-    return row | {"questions": len(groups), "scores": [round(float(x), 6) for x in per_question[f"avg@{k}"]]}
+    lists = {"scores": per_question[f"avg@{k}"], "passes": per_question[f"pass@{k}"]}
+    return row | {"questions": len(groups)} | {name: [round(float(x), 6) for x in v] for name, v in lists.items()}
 
 
 def _per_question(values: Sequence[Sequence[int | float]]) -> Any:

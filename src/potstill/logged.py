@@ -1,20 +1,65 @@
 """Every number that a run writes: its unit and what it means. One table, for the docs, the report and the reader."""
 
 LOGGED: dict[str, tuple[str, str]] = {
-    "step": ("", "Optimiser steps taken."),
+    "step": ("", "Batches of rollouts learnt from."),
+    "done": ("share", "Of the run's steps or of its budget, spent."),
     "loss": ("nats/token", "The method's objective over the whole batch, divided by its trained tokens."),
     "grad_norm": ("", "Length of the gradient before clipping."),
     "lr": ("", "Learning rate of the step."),
     "trained_tokens": ("tokens", "Tokens that carry a loss: the divisor of the batch."),
     "tokens": ("tokens", "Response tokens of the step's rollouts."),
+    "dropped": ("tokens", "Of rollouts that `rollouts.resample` replaced."),
     "length": ("tokens", "Mean length of a response, the end-of-sequence token included."),
     "verdict": ("", "Mean score of the step's rollouts by the verifier, 0 to 1."),
     "truncated": ("share", "Rollouts that reached the length limit."),
     "repetition": ("share", "Repeated four-token sequences among all of a response: 1 - distinct / total."),
     "entropy": ("nats", "Mean entropy of the distributions that produced the response tokens."),
+    "format_failure": (
+        "share",
+        "Answers in which the verifier found none; of rollouts, or of an evaluation's answers.",
+    ),
+    "degenerate": ("share", "Prompts whose answers all score alike, so that comparing them teaches nothing."),
+    "examples/share": ("share", "Prompts for which the teacher was asked to write (`phased`)."),
+    "examples/found": (
+        "share",
+        "Of those, prompts with an accepted teacher answer; for the others the student wrote alone.",
+    ),
+    "examples/answers": (
+        "",
+        "Accepted teacher answers among the step's rollouts; in mode `prefix`, answers that go on from one.",
+    ),
+    "example_loss": ("nats/token", "The loss on the teacher's own tokens times mu, over all trained tokens."),
+    "credit": ("", "Mean |A_t| of token-credit methods."),
+    "consensus": (
+        "share",
+        "Tokens on which verifier and teacher agree: sign(A_i) = sign(d_t); of answers with A_i != 0.",
+    ),
+    "consensus/correct": ("share", "The same, of answers better than the others (A_i > 0)."),
+    "consensus/wrong": ("share", "The same, of answers worse than the others (A_i < 0)."),
+    "conflict/correct": (
+        "share",
+        "Tokens of better answers that the teacher does not want raised: 1 - consensus/correct.",
+    ),
+    "conflict/wrong": ("share", "Tokens of worse answers that the teacher does not want lowered: 1 - consensus/wrong."),
+    "d/consensus": ("nats", "Mean d_t = log pi_T - log pi_old where verifier and teacher agree."),
+    "d/conflict": ("nats", "Mean d_t where they do not."),
+    "reference_gap": ("nats", "Mean |log pi_T - log pi_ref| on sampled tokens."),
+    "overlap": ("share", "opd: of the student's k likeliest tokens, those among the teacher's k; k = min(16, V/4)."),
+    "overlap/student": (
+        "share",
+        "opd: the student's probability on the tokens that both have among their k likeliest.",
+    ),
+    "overlap/teacher": ("share", "opd: the teacher's probability on them."),
+    "entropy_gap": ("nats", "opd: mean |H(student) - H(teacher)|."),
     "divergence": ("nats/token", "opd: the divergence of teacher and student on the student's tokens; its loss."),
     "teacher_kl": ("nats/token", "Mean log pi_old - log pi_T on sampled tokens: estimates KL(student || teacher)."),
-    "ratio_max": ("", "Largest importance ratio pi_theta / pi_old on a sampled token, before the cap."),
+    "ratio_max": ("", "Largest importance ratio pi_theta / pi_old on a sampled token, before the clip."),
+    "ratio_outside": ("share", "Trained tokens whose ratio lies outside the clip: the tails."),
+    "mismatch": (
+        "nats/token",
+        "Mean |log pi_theta - log pi_old| before the first update: what sampler and learner disagree by.",
+    ),
+    "start_kl": ("nats/token", "grpo: estimate (k3) of KL(pi_theta || initial student); before `kl`."),
     "chunk_loss": ("nats/token", "omniopd: first term of Eq. 8."),
     "reference_kl": ("nats/token", "KL(pi_ref || pi_theta) on unaudited tokens, over all trained tokens; before beta."),
     "agreement": (
@@ -41,5 +86,4 @@ LOGGED: dict[str, tuple[str, str]] = {
     "avg@k": ("share", "Mean score of k sampled answers per question."),
     "pass@k": ("share", "Chance that k answers hold a right one (unbiased)."),
     "maj@k": ("share", "Chance that the commonest of k answers is right."),
-    "format_failure": ("share", "Answers in which the verifier found none."),
 }

@@ -151,6 +151,48 @@ def paired_bootstrap(
     return bootstrap(b - a, level=level, resamples=resamples, seed=seed)
 
 
+def crossed_bootstrap(
+    scores: Shaped[np.ndarray, "S Q"], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """The mean of S runs on the same Q questions, with an interval for new runs *and* new questions.
+
+    Percentile bootstrap of two crossed factors: seeds and questions are drawn with replacement, independently, and a
+    drawn run meets every drawn question (the pigeonhole bootstrap: Owen 2007, Ann. Appl. Stat. 1(2), arXiv:0712.1111).
+    No bootstrap is exact for crossed factors. With seeds of variance A, questions of variance B and a remainder C in
+    each cell, the mean has the variance A/S + B/Q + C/(SQ), and the drawn means have, on average,
+
+        (1 - 1/S) A/S + (1 - 1/Q) B/Q + (3 - 2/S - 2/Q + 1/(SQ)) C/(SQ)
+
+    so the part of the seeds is too small for few of them (S < 5: too short an interval, half the variance for S = 2),
+    and the part of single answers is counted up to three times (too long an interval). For differences pass
+    `b - a`, paired by seed and question. One run varies no seeds: then it is `bootstrap` over the questions.
+
+    Args:
+        scores: [S, Q], a row a run, a column a question, in the same order in each run.
+        level: Of confidence.
+        resamples: Draws of S seeds and Q questions.
+        seed: Equal seeds give equal intervals.
+
+    Raises:
+        ValueError: There is no score, one is not a number, or `level` is not between 0 and 1.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if len(scores) == 1 or not np.isfinite(scores).all() or not scores.size or not 0 < level < 1:
+        return bootstrap(scores.reshape(-1), level=level, resamples=resamples, seed=seed)  # which knows what is wrong
+    runs, questions = scores.shape
+    rng = np.random.default_rng(derive("crossed bootstrap", seed))
+    rows = max(1, 2**22 // questions)
+    drawn: list[np.ndarray] = []
+    for done in range(0, resamples, rows):
+        size = min(rows, resamples - done)
+        seeds = rng.multinomial(runs, np.full(runs, 1 / runs), size=size)  # how often each was drawn
+        asked = rng.multinomial(questions, np.full(questions, 1 / questions), size=size)
+        drawn.append(((seeds @ scores) * asked).sum(axis=1) / scores.size)
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    value = float(scores.mean())
+    return Interval(value, min(float(low), value), max(float(high), value))
+
+
 def repetition(text_or_ids: str | Sequence[Hashable]) -> float:
     """Share of 4-grams that occurred before: 1 - distinct / all, from 0 (no piece twice) towards 1 (a loop).
 

@@ -5,26 +5,26 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 Row = Mapping[str, Any]
 
 
 class Bar:
-    """Steps, tokens per second, time left, accuracy and teacher tokens."""
+    """How much of the run is done, tokens per second, time left, accuracy and teacher tokens."""
 
-    def __init__(self, console: Console, steps: int):
+    def __init__(self, console: Console):
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("step {task.fields[step]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.progress.add_task("train", total=steps, note="")
+        self.task = self.progress.add_task("train", total=1.0, step=0, note="")
         self.teacher, self.accuracy = 0, ""
 
     def __enter__(self) -> "Bar":
@@ -42,7 +42,7 @@ class Bar:
         seconds = row["time/sample"] + row["time/teacher"] + row["time/learn"]
         speed = row["tokens"] / max(seconds, 1e-9)
         note = f"{speed:,.0f} tokens/s · loss {row['loss']:.3f}{self.accuracy} · teacher {self.teacher:,} tokens"
-        self.progress.update(self.task, completed=row["step"], note=note)
+        self.progress.update(self.task, completed=row["done"], step=row["step"], note=note)
 
     def evaluation(self, row: Row) -> None:
         """Questions were asked."""

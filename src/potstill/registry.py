@@ -16,8 +16,18 @@ from potstill.tasks import TASKS
 METHODS = {
     "sft": "potstill.methods.sft:SFT",
     "opd": "potstill.methods.opd:OPD",
-    "sampled_kl": "potstill.methods.sampled_kl:SampledKL",
     "omniopd": "potstill.methods.omniopd:OmniOPD",
+    "sampled_kl": "potstill.methods.sampled_kl:SampledKL",
+    "sgopd": "potstill.methods.sgopd:SGOPD",
+    "grpo": "potstill.methods.grpo:GRPO",
+    "mix": "potstill.methods.mix:Mix",
+    "exopd": "potstill.methods.exopd:ExOPD",
+    "opdvr": "potstill.methods.opdvr:OPDVR",
+    "grpd": "potstill.methods.grpd:GRPD",
+    "rlsd": "potstill.methods.rlsd:RLSD",
+    "r2opd": "potstill.methods.r2opd:R2OPD",
+    "poweropd": "potstill.methods.poweropd:PowerOPD",
+    "reopold": "potstill.methods.reopold:REOPOLD",
 }
 
 

@@ -5,6 +5,7 @@
       env.json         versions, hardware            metrics.jsonl   one row a step (see `potstill.logged`)
       evals.jsonl      one row an evaluation         rollouts/step_000010.jsonl
       checkpoints/step_000100/  loads in transformers, plus trainer.pt      checkpoints/latest  the newest step's name
+      finished.json    what the whole run took       .lock           held while a process trains it
 
 A directory appears whole or not at all: it is written under a temporary name and renamed. Rows are appended and
 flushed one by one, so a running job can be tailed; a row cut short by a kill is dropped by `rewind`.
@@ -79,6 +80,25 @@ def whole_directory(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold `folder`/.lock; the system lets go of it when the process ends, however it ends.
+
+    Raises ConfigError(otherwise) if another process holds it. Nothing is locked on a system without flock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(otherwise) from None
+        yield
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -199,6 +219,22 @@ class Run:
                 f"Write the name of a whole checkpoint into {pointer}, or start anew under another name"
             )
         return int(folder.name.removeprefix("step_")), folder
+
+    def finish(self, row: Mapping[str, Any]) -> None:
+        """Say that the last step is taken and saved: `step`, `rollout_tokens`, `teacher_tokens`, `cpu_s`, `why`."""
+        write_whole(self.path / "finished.json", json.dumps(row, indent=2) + "\n")
+
+    @property
+    def finished(self) -> Row | None:
+        """What `finish` was told; None for a run that is not finished."""
+        path = self.path / "finished.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process may train this run inside the block. Raises ConfigError if one does."""
+        with locked(self.path, f"another process is training {self.path}. Wait until it has ended, or end it"):
+            yield
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`, so that a resumed run writes it again, once; step 0: everything."""

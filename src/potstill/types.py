@@ -47,6 +47,20 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What is known of a step before anything is written in it."""
+
+    seed: int
+    """Of the run."""
+    step: int
+    """Counted from 1; -1 in evaluations."""
+    done: float = 0.0
+    """Share of the run's budget spent before this step, 0 .. 1: what schedules go by."""
+    max_tokens: int
+    """Longest answer, in student tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What an answer cost, in teacher tokens."""
 
@@ -87,7 +101,11 @@ class Rollout:
     verdict: float | None = None
     """The verifier's score, 0 .. 1."""
     usage: Usage = Usage()
-    """What it cost, where a teacher wrote it."""
+    """What a teacher's writing for this prompt cost, rejected tries included; on one rollout of a group."""
+    tries: int = 0
+    """Answers the teacher wrote in order to get this one, or in vain; on one rollout of a group."""
+    guided: int = 0
+    """Leading tokens that the teacher wrote and the student went on from. Their old_logp and entropy are 0."""
 
     def __post_init__(self) -> None:
         for name in ("pieces", "old_logp", "entropy"):
@@ -128,6 +146,8 @@ class Ask:
     """Alternatives per position (TOPK)."""
     unit: Literal["student", "teacher"] = "student"
     """Whose tokens `length` counts, for TEXT."""
+    of: Literal["teacher", "reference"] = "teacher"
+    """Who is asked: the teacher, or the model that extrapolation starts from."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -161,6 +181,12 @@ class Reviewed:
     rollout: Rollout
     feedback: tuple[Feedback, ...] = ()
 
+    def said(self, of: Literal["teacher", "reference"] = "teacher") -> Feedback | None:
+        """What one of them said, for methods that ask each at most once."""
+        found = [f for f in self.feedback if f.ask.of == of]
+        assert len(found) < 2
+        return found[0] if found else None
+
     @property
     def only(self) -> Feedback:
         """The one answer, for methods that ask once."""
@@ -192,6 +218,8 @@ class Target:
     anchor: Float[Tensor, " T"] | None = None
     """Of the KL to the reference policy."""
     advantage: Float[Tensor, " T"] | None = None
+    imitate: Float[Tensor, " T"] | None = None
+    """Of the likelihood of tokens that a teacher wrote."""
     teacher_ids: Int[Tensor, "T K"] | None = None
     teacher_logp: Float[Tensor, "T K"] | None = None
     """Of `teacher_ids`, or of the whole vocabulary (K = V) where those are None."""
@@ -215,10 +243,14 @@ class Batch:
     mask: Float[Tensor, "B T"]
     """1 on response tokens, 0 on padding."""
     weight: Float[Tensor, "B T"]
-    old_logp: Float[Tensor, "B T"] | None = None
+    old_logp: Float[Tensor, "B T"]
+    """0 on tokens that the student did not write."""
     anchor: Float[Tensor, "B T"] | None = None
     advantage: Float[Tensor, "B T"] | None = None
+    imitate: Float[Tensor, "B T"] | None = None
     teacher_ids: Int[Tensor, "B T K"] | None = None
     teacher_logp: Float[Tensor, "B T K"] | None = None
     n_tokens: float
     """Trained tokens over *all* ranks and micro-batches: the one divisor, shared by every term."""
+    n_rollouts: float
+    """Rollouts over all ranks and micro-batches: the divisor of a mean over answers."""

@@ -11,7 +11,7 @@ from potstill.config import Learner, LoRA
 from potstill.learners.local import LocalLearner
 from potstill.models import load, load_tokens
 from potstill.samplers.data import DataSampler
-from potstill.types import Prompt
+from potstill.types import Prompt, Turn
 
 PROMPT = Prompt(id="p", messages=({"role": "user", "content": "12*3="},), answer="36")
 
@@ -20,7 +20,7 @@ def test_the_first_end_token_named_is_the_one_that_is_taught() -> None:
     """Sorting ids would teach <|endoftext|> in place of <|im_end|>."""
     tokens = load_tokens("lab/teacher", ("=", "<eos>"))
     assert tokens.names(tokens.eos) == ["=", "<eos>"]
-    [[rollout]] = asyncio.run(DataSampler(tokens, max_tokens=8).sample([PROMPT], 1, seed=0, step=1))
+    [[rollout]] = asyncio.run(DataSampler(tokens).sample([PROMPT], 1, Turn(seed=0, step=1, max_tokens=8)))
     assert rollout.response_ids[-1] == tokens.eos[0]
 
 

@@ -20,7 +20,8 @@ eval = {questions = 8, samples = 2, every = 2}
 save = {every = 2, rollouts_every = 2}
 """
 
-OVERRIDES = {
+GROUP = "rollouts={prompts=2, group=3}"
+OVERRIDES: dict[str, tuple[str, ...]] = {
     "opd": (),
     "sampled_kl": ("method.name=sampled_kl",),
     "sft": ("method.name=sft",),
@@ -28,6 +29,16 @@ OVERRIDES = {
         "method={name='omniopd', chunks=3, continuations=2, chunk_length=3, similarity='exact'}",
         "teacher.text_only=true",
     ),
+    "sgopd": ("method={name='sgopd', reference='start', phased={share=0.5}}", GROUP),
+    "grpo": ("method={name='grpo', kl=0.1}", "teacher=NONE", "rollouts={prompts=4, group=3}", "learner.updates=2"),
+    "mix": ("method={name='mix', phased={share=1.0, mode='prefix', loss='topk'}}", GROUP),
+    "exopd": ("method.name=exopd", "reference.path=lab/teacher", "method.reference=base", "teacher.path=lab/student"),
+    "opdvr": ("method.name=opdvr", "rollouts.horizon={start=8}"),
+    "grpd": ("method.name=grpd", GROUP, "rollouts.resample=2"),
+    "rlsd": ("method.name=rlsd", GROUP),
+    "r2opd": ("method.name=r2opd", "method.mean=sequence"),
+    "poweropd": ("method.name=poweropd", "select={by='tip'}"),
+    "reopold": ("method.name=reopold", "budget.rollout_tokens=200", "steps=NONE"),
 }
 """What turns RECIPE into a run of each method."""
 
@@ -70,5 +81,9 @@ def parsed(*overrides: str) -> Any:
 
     raw = config.tomllib.loads(RECIPE)
     for override in overrides:
-        config._apply(raw, override)
+        key, _, value = override.partition("=")
+        if value == "NONE":
+            del raw[key]
+        else:
+            config._apply(raw, override)
     return config.parse(raw)

@@ -22,6 +22,8 @@ from potstill.build import build
 from potstill.errors import TeacherError, TrainingError
 from potstill.lab import model_path
 from potstill.run import Run, load_run
+from potstill.spent import Spent
+from potstill.types import Turn
 
 
 @pytest.fixture
@@ -232,9 +234,10 @@ def test_a_student_whose_weights_are_no_numbers(here: Path, potstill: Command):
 
 
 def test_a_loss_that_is_no_number_leaves_the_weights_alone():
-    parts = build(parsed("steps=3"))
+    config = parsed("steps=3")
+    parts = build(config)
     before = {k: v.clone() for k, v in parts.learner.model.state_dict().items()}
-    targets = asyncio.run(loop._step(parsed("steps=3"), parts, 1, loop.Clock(Run(Path("nowhere")))))[1]
+    targets = asyncio.run(loop._step(config, parts, 1, Spent(config, [])))[1]
     after = {k: v.clone() for k, v in parts.learner.model.state_dict().items()}
     assert any(not torch.equal(before[k], after[k]) for k in before)
     spoilt = [replace(t, weight=t.weight * float("inf")) for t in targets]
@@ -247,7 +250,7 @@ def test_too_few_continuations_and_missing_entropies():
     config = parsed(*OVERRIDES["omniopd"])
     parts = build(config)
     assert parts.teacher is not None
-    [[rollout]] = asyncio.run(parts.sampler.sample(parts.questions[:1], 1, seed=0, step=1))
+    [[rollout]] = asyncio.run(parts.sampler.sample(parts.questions[:1], 1, Turn(seed=0, step=1, max_tokens=48)))
     asks = parts.method.asks(rollout)
     said = asyncio.run(parts.teacher.feedback(asks))
     fewer = [replace(f, texts=f.texts[:-1]) for f in said]

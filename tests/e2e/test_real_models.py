@@ -12,7 +12,7 @@ from potstill.decode import Decoding
 from potstill.run import Run
 from potstill.samplers.hf import HFSampler
 from potstill.teachers.hf import HFTeacher
-from potstill.types import Ask, Prompt, Wants
+from potstill.types import Ask, Prompt, Turn, Wants
 
 ROOT = Path(__file__).parents[2]
 STUDENT, TEACHER = "models/smollm2-135m-instruct", "models/gemma3-270m"
@@ -53,8 +53,8 @@ def test_student_uses_its_own_chat_template_and_ends_with_its_own_token(student:
     shown = tokens.tokenizer.decode(chat.prompt_ids(tokens.tokenizer, QUESTION))
     assert shown.endswith("<|im_start|>user\nWhat is 3 + 4?\nAnswer:\n<|im_end|>\n<|im_start|>assistant\n")
     assert tokens.names(tokens.eos) == ["<|im_end|>"]
-    greedy = HFSampler(student, max_tokens=24, decoding=Decoding(temperature=0.0))
-    [[answer]] = asyncio.run(greedy.sample([QUESTION], 1, seed=0, step=1))
+    greedy = HFSampler(student, decoding=Decoding(temperature=0.0))
+    [[answer]] = asyncio.run(greedy.sample([QUESTION], 1, Turn(seed=0, step=1, max_tokens=24)))
     assert "7" in answer.text()
     assert answer.finish == "stop"
 
@@ -62,7 +62,7 @@ def test_student_uses_its_own_chat_template_and_ends_with_its_own_token(student:
 def test_foreign_teacher_reads_one_bos_the_plain_question_and_the_students_words(student: models.Loaded):
     loaded = models.load(TEACHER, dtype="bfloat16")
     tokenizer = loaded.tokens.tokenizer
-    [[answer]] = asyncio.run(HFSampler(student, max_tokens=12).sample([QUESTION], 1, seed=0, step=1))
+    [[answer]] = asyncio.run(HFSampler(student).sample([QUESTION], 1, Turn(seed=0, step=1, max_tokens=12)))
     teacher = HFTeacher(loaded, student.tokens, decoding=Decoding())
     assert teacher.offers is Wants.TEXT
 

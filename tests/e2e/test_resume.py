@@ -21,7 +21,10 @@ from potstill.run import Run, load_run
 
 LORA = "student.lora={rank=2, alpha=4, dropout=0.1, modules=['q_proj', 'v_proj']}"
 LONG = ("steps=6", "save.every=2", "eval.every=3", "save.rollouts_every=1")
-KINDS = OVERRIDES | {
+METHODS = ("opd", "sampled_kl", "sft", "omniopd", "sgopd", "grpo", "reopold")
+"""Every way of spending, asking and scheduling; the other methods differ in one line of credit."""
+KINDS = {name: OVERRIDES[name] for name in METHODS} | {
+    "reopold": (*OVERRIDES["reopold"], "budget.rollout_tokens=800"),
     "opd with lora": (*OVERRIDES["opd"], LORA),
     "omniopd with lora": (*OVERRIDES["omniopd"], LORA),
     "opd in micro-batches, cosine": ("learner={micro_batch=3, schedule='cosine', warmup=2}", "rollouts.group=2"),

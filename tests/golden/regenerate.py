@@ -1,4 +1,4 @@
-"""The first metric rows of two runs, stored. After a change that is meant to move them (or of the bundled models):
+"""The first metric rows of three runs, stored. After a change that is meant to move them (or of the bundled models):
 
 python -m tests.golden.regenerate
 """
@@ -31,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "teacher": {"path": "lab/teacher", "text_only": True},
         "method": {"name": "omniopd", "chunks": 3, "continuations": 2, "chunk_length": 3},
     },
+    "sgopd": RAW | {"name": "sgopd", "method": {"name": "sgopd"}, "rollouts": {"prompts": 4, "group": 2}},
 }
 
 

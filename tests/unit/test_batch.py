@@ -36,7 +36,6 @@ def test_rows_are_padded_on_the_right_with_nothing() -> None:
     assert batch.labels.tolist() == [[1, 2, 0], [1, 2, 3]]
     assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.weight.tolist() == [[1, 1, 0], [1, 0, 2]]
-    assert batch.old_logp is not None
     assert batch.advantage is not None
     assert batch.anchor is not None
     assert batch.old_logp.tolist() == [[-1, -2, 0], [-1, -2, -3]]
@@ -55,8 +54,18 @@ def test_teacher_rows_are_padded_with_real_numbers() -> None:
     assert batch.teacher_logp.isfinite().all()
 
 
-def test_old_logp_is_there_for_all_or_for_none() -> None:
-    assert collate([target(1), target(2, old=False)]).old_logp is None
+def test_what_only_some_rows_have_is_nothing_on_the_others() -> None:
+    """Answers of the teacher among the student's: no old log-probs, and nobody asked about them."""
+    logp, ids = torch.randn(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    batch = collate([target(1, old=False), target(2, teacher_ids=ids, teacher_logp=logp, imitate=torch.tensor([0.5, 0.0]))])
+    assert batch.old_logp.tolist() == [[0, 0], [-1, -2]]
+    assert batch.teacher_ids is not None
+    assert batch.teacher_logp is not None
+    assert batch.imitate is not None
+    assert batch.teacher_ids.tolist() == [[[0] * 3] * 2, ids.tolist()]
+    assert torch.equal(batch.teacher_logp[1], logp)
+    assert batch.imitate.tolist() == [[0, 0], [0.5, 0]]
+    assert batch.n_rollouts == 2
 
 
 def test_the_divisor_counts_tokens_that_carry_any_term_once() -> None:
@@ -66,7 +75,9 @@ def test_the_divisor_counts_tokens_that_carry_any_term_once() -> None:
     assert count_tokens([target(3, [0.5, 0.0, -2.0]), chunked]) == 6
     assert count_tokens([target(2, [0.0, 0.0])]) == 1  # nothing to divide, and nothing to divide by
     assert collate([chunked]).n_tokens == 4
+    assert count_tokens([target(3, [0.0, 1.0, 0.0], imitate=torch.tensor([1.0, 0.0, 0.0]))]) == 2
     assert collate([chunked], n_tokens=17.0).n_tokens == 17
+    assert collate([chunked], n_rollouts=5).n_rollouts == 5
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=6), min_size=1, max_size=6))

@@ -104,11 +104,13 @@ def test_sampled_kl_with_gamma_one_half_counts_what_follows_by_half():
     close(got, gradient_of(objective))
 
 
-def test_sampled_kl_drops_tokens_whose_ratio_is_over_the_cap():
+def test_sampled_kl_drops_raised_tokens_whose_ratio_is_over_the_clip():
     y = (0, 1)
-    old = rollout(THETA, y, old_logp=(-5.0, -0.01))  # pi_theta / pi_old far above the cap on the first token only
-    method = SampledKL(cap=2.0)
-    [target] = method.targets([Reviewed(rollout=old, feedback=(scored(method.asks(old)[0], TEACHER),))])
+    second = rows(THETA, y)[1, 1].item()
+    old = rollout(THETA, y, old_logp=(-5.0, second))  # pi_theta / pi_old far above 1 on the first token only
+    method = SampledKL(limit=20.0)
+    said = Feedback(ask=method.asks(old)[0], teacher="t", sampled=torch.tensor([-1.0, -0.5]).numpy())
+    [target] = method.targets([Reviewed(rollout=old, feedback=(said,))])
     theta = THETA.clone().requires_grad_()
     loss, metrics = method.loss(Tabular(theta, [y]), double(collate([target])))
     gradient = torch.autograd.grad(loss, theta)[0]

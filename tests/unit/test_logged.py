@@ -11,8 +11,8 @@ from potstill.logged import LOGGED
 from potstill.registry import METHODS
 from potstill.run import Run
 
-LABELS = {"name", "split", "questions", "samples", "temperature", "top_p", "seed", "scores"}
-"""Of an evaluation: what was asked, and the score of each question. Not measurements."""
+LABELS = {"name", "split", "questions", "samples", "temperature", "top_p", "seed", "scores", "passes"}
+"""Of an evaluation: what was asked, and the scores of each question. Not measurements."""
 
 
 @pytest.fixture(scope="module")

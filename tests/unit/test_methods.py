@@ -43,10 +43,10 @@ def test_top_1_compares_two_coins(beta: float) -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("gamma", "cap"), [(0.0, 2.0), (0.5, 1.2), (1.0, 1e9)])
-def test_sampled_kl_off_policy_is_the_capped_importance_ratio(gamma: float, cap: float) -> None:
-    """Answers of an older policy, all of them listed; without a cap and at gamma = 0 it is a sum over the vocabulary."""
-    method, old = SampledKL(gamma=gamma, cap=cap), THETA
+@pytest.mark.parametrize(("gamma", "clip"), [(0.0, 1.0), (0.5, 0.2), (1.0, 1e9)])
+def test_sampled_kl_off_policy_is_the_clipped_importance_ratio(gamma: float, clip: float) -> None:
+    """Answers of an older policy, all of them listed: a raised token earns no more above 1 + clip."""
+    method, old = SampledKL(gamma=gamma, clip_high=clip, clip_low=0.999, dual_clip=1e9, limit=1e9), THETA
     new = (THETA + 0.7 * table(5)).requires_grad_()
     got, want = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     over = 0
@@ -58,15 +58,14 @@ def test_sampled_kl_off_policy_is_the_capped_importance_ratio(gamma: float, cap:
         token = [int(y[0]), int(y[1])]
         d = [(rows(TEACHER, y) - rows(old, y))[t, token[t]].item() for t in range(T)]
         ratio = [(rows(new, y) - rows(old, y))[t, token[t]].exp() for t in range(T)]
-        over += sum(r.item() > cap for r in ratio)
-        want = want - p * (
-            torch.clamp(ratio[0], max=cap) * (d[0] + gamma * d[1]) + torch.clamp(ratio[1], max=cap) * d[1]
-        )
+        for r, a in zip(ratio, (d[0] + gamma * d[1], d[1]), strict=True):
+            over += a > 0 and r.item() > 1 + clip
+            want = want - p * a * (r.clamp(max=1 + clip) if a > 0 else r)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
         torch.autograd.grad(got, new)[0], torch.autograd.grad(want, new)[0], atol=1e-6, rtol=1e-6
     )
-    assert (over > 0) == (cap < 10)
+    assert (over > 0) == (clip < 10)
 
 
 def audited(texts: tuple[str, ...], *, alpha: float = 1.0, overlap: str = "skip") -> tuple[OmniOPD, Target]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -87,7 +89,14 @@ class LocalLearner:
     """Trains `loaded.model` in place. With LoRA only the adapter moves, and the reference is the model without it."""
 
     def __init__(
-        self, loaded: Loaded, config: LearnerConfig, *, steps: int, seed: int, reference: bool, lora: LoRA | None
+        self,
+        loaded: Loaded,
+        config: LearnerConfig,
+        *,
+        steps: int | None,
+        seed: int,
+        reference: bool,
+        lora: LoRA | None,
     ):
         self.tokens, self.config, self.steps, self.seed = loaded.tokens, config, steps, seed
         self.model, self.lora = loaded.model, lora
@@ -110,30 +119,46 @@ class LocalLearner:
         """The model as it is now, for samplers in the same process."""
         return Loaded(self.model, self.tokens)
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 1: linear warm-up, then the schedule, which ends just above 0."""
+    def rate(self, step: int, done: float) -> float:
+        """Learning rate of a step, counted from 1: linear warm-up, then by the share of the run that is done.
+
+        The schedule starts behind the warm-up where the number of steps is known, and ends just above 0.
+        """
         c = self.config
         if step <= c.warmup:
             return c.lr * step / c.warmup
-        done = (step - 1 - c.warmup) / max(self.steps - c.warmup, 1)
+        warm = c.warmup / self.steps if self.steps else 0.0
+        x = (done - warm) / (1 - warm)
         if c.schedule == "cosine":
-            return c.lr * (0.5 + 0.5 * torch.cos(torch.tensor(done * torch.pi)).item())
-        return c.lr * (1 - done) if c.schedule == "linear" else c.lr
+            return c.lr * (0.5 + 0.5 * math.cos(x * math.pi))
+        return c.lr * (1 - x) if c.schedule == "linear" else c.lr
 
-    def step(self, targets: Sequence[Target], method: Method, step: int) -> dict[str, float]:
-        """One optimiser step on all targets. Raises TrainingError when loss or gradient is not a number.
+    def step(self, targets: Sequence[Target], method: Method, step: int, done: float = 0.0) -> dict[str, float]:
+        """All updates on the targets of one step; metrics are means over the updates, those named *_max the largest.
 
-        The divisor is summed over all targets before the first backward pass, so the gradient is the same however the
-        batch is split into micro-batches.
+        Raises TrainingError when loss or gradient is not a number.
         """
         torch.manual_seed(derive(self.seed, step, "dropout"))
+        rate, rows = self.rate(step, done), []
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = rate
+        for update in range(self.config.updates):
+            rows.append(self._gradient(targets, method, step, update))
+            self.optimizer.step()
+        joined = {n: (max if n.endswith("_max") else fmean)(row[n] for row in rows) for n in rows[0]}
+        return joined | {"lr": rate, "trained_tokens": count_tokens(targets)}
+
+    def _gradient(self, targets: Sequence[Target], method: Method, step: int, update: int) -> dict[str, float]:
+        """Loss and gradient of all targets.
+
+        The divisors are counted over all targets before the first backward pass, so the gradient is the same however the
+        batch is split into micro-batches.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens, metrics = count_tokens(targets), {"loss": 0.0}
         self._adapter_dropout(True)
         for micro in self._micro(targets):
-            batch = moved(collate(micro, n_tokens), self.model.device)
+            batch = moved(collate(micro, n_tokens, len(targets)), self.model.device)
             with self._autocast():
                 loss, seen = method.loss(self.policy(batch), batch)
             loss.backward()
@@ -145,16 +170,24 @@ class LocalLearner:
         norm = torch.nn.utils.clip_grad_norm_(
             self.optimizer.param_groups[0]["params"], self.config.clip or float("inf")
         )
-        metrics |= {"grad_norm": norm.item(), "lr": self.rate(step), "trained_tokens": n_tokens}
+        metrics["grad_norm"] = norm.item()
         for name in ("loss", "grad_norm"):
-            if not torch.isfinite(torch.tensor(metrics[name])):
+            if not math.isfinite(metrics[name]):
+                before = (
+                    f"{step - 1}" if update == 0 else f"{step - 1} after {update} of {self.config.updates} updates more"
+                )
                 raise TrainingError(
                     f"step {step}: {name} is {metrics[name]}, so the step was not taken and the weights are those of step "
-                    f"{step - 1}. The usual cause is a learning rate that is too high (here {self.rate(step):.2g}). Lower "
-                    "learner.lr and start a new run, with the last checkpoint as student.path to keep what was learnt"
+                    f"{before}. The usual cause is a learning rate that is too high (here "
+                    f"{self.optimizer.param_groups[0]['lr']:.2g}). Lower learner.lr and start a new run, with the last "
+                    "checkpoint as student.path to keep what was learnt"
                 )
-        self.optimizer.step()
         return metrics
+
+    def initial(self) -> tuple[Loaded, Context]:
+        """The frozen initial student, and what to enter while it is asked."""
+        assert self._initial is not None, "the method did not declare that it needs the reference"
+        return Loaded(self._initial, self.tokens), self._base
 
     def policy(self, batch: Batch) -> LocalPolicy:
         """The student's view of a batch, with the reference's behind it."""

@@ -15,10 +15,12 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel
 from torch import Tensor
 
+from potstill.phased import Phased
 from potstill.types import Ask, Author, Batch, Prompt, Reviewed, Rollout, Target, Wants
 
-Need = Literal["entropy", "reference", "variety"]
-"""The entropies of a rollout; the frozen initial student; a teacher whose answers differ (temperature > 0)."""
+Need = Literal["entropy", "reference", "variety", "verdict", "group"]
+"""The entropies of a rollout; the frozen initial student; a teacher whose answers differ (temperature > 0); prompts with
+an answer to compare with; several answers to each prompt."""
 Metrics = dict[str, Float[Tensor, ""]]
 """Scalars without gradient. Those named *_max are combined over micro-batches by the maximum; all others are sums
 over the micro-batch divided by `batch.n_tokens`, so that adding them up gives the figure of the whole batch."""
@@ -70,6 +72,21 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         """Who writes the rollouts it learns from; on-policy methods: the student."""
         return "student"
 
+    @property
+    def examples(self) -> Phased | None:
+        """A schedule by which verified answers of the teacher come among the student's; none: the student's alone."""
+        return None
+
+    @property
+    def refers_to(self) -> Literal["start", "base"] | None:
+        """Who answers questions to the `reference`: the frozen initial student, or the model of [reference]."""
+        return None
+
+    @property
+    def teacherless(self) -> bool:
+        """Whether nobody is asked anything."""
+        return self.wants is Wants.NOTHING and self.author != "teacher" and self.examples is None
+
     def asks(self, rollout: Rollout) -> list[Ask]:
         """What to ask the teacher about one rollout; nothing is fine."""
         return []
@@ -83,8 +100,15 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         """The objective in nats per trained token, and its metrics."""
 
 
-def whole(rollout: Rollout, wants: Wants, *, k: int = 0, view: Prompt | None = None) -> list[Ask]:
+def whole(
+    rollout: Rollout,
+    wants: Wants,
+    *,
+    k: int = 0,
+    view: Prompt | None = None,
+    of: Literal["teacher", "reference"] = "teacher",
+) -> list[Ask]:
     """One question about the whole response; none about an empty one."""
     if not rollout.response_ids:
         return []
-    return [Ask(rollout=rollout, view=view or rollout.prompt, wants=wants, k=k)]
+    return [Ask(rollout=rollout, view=view or rollout.prompt, wants=wants, k=k, of=of)]

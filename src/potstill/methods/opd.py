@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from potstill.divergence import jsd, with_rest
+from potstill.divergence import jsd, overlap, with_rest
 from potstill.methods.base import Method, Metrics, Policy, whole
 from potstill.types import Ask, Batch, Reviewed, Rollout, Target, Wants
 
@@ -79,4 +79,6 @@ class OPD(Method):
         else:
             student, teacher = with_rest(policy.logp_at(batch.teacher_ids)), with_rest(batch.teacher_logp)
         loss = (batch.weight * jsd(student, teacher, self.beta)).sum() / batch.n_tokens
-        return loss, {"divergence": loss.detach()}
+        seen = {} if self.top_k else overlap(policy.logp_all().detach(), batch.teacher_logp)
+        means = {name: (batch.weight * value).sum() / batch.n_tokens for name, value in seen.items()}
+        return loss, {"divergence": loss.detach(), **means}

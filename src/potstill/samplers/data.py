@@ -6,21 +6,22 @@ from potstill.errors import DataError
 from potstill.models import Tokens
 from potstill.samplers.hf import foreign_rollout
 from potstill.seeds import derive
-from potstill.types import Prompt, Rollout
+from potstill.types import Prompt, Rollout, Turn
 
 
 class DataSampler:
     """Every prompt's own `completion`, or its `answer` where it has none, with the end-of-sequence token behind it."""
 
-    def __init__(self, student: Tokens, *, max_tokens: int):
-        self.student, self.max_tokens = student, max_tokens
+    def __init__(self, student: Tokens):
+        self.student = student
 
-    async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
+    async def sample(self, prompts: Sequence[Prompt], n: int, turn: Turn) -> list[list[Rollout]]:
         """One answer to each prompt, `n` times. Raises DataError for a prompt that has none, or one too long."""
-        return [[self._rollout(p, i, derive(seed, step, p.id, i)) for i in range(n)] for p in prompts]
+        return [[self._rollout(p, i, turn) for i in range(n)] for p in prompts]
 
-    def _rollout(self, prompt: Prompt, sample: int, seed: int) -> Rollout:
-        ids = answer_ids(self.student, prompt, self.max_tokens)
+    def _rollout(self, prompt: Prompt, sample: int, turn: Turn) -> Rollout:
+        ids = answer_ids(self.student, prompt, turn.max_tokens)
+        seed = derive(turn.seed, turn.step, prompt.id, sample)
         return foreign_rollout(self.student, prompt, ids, sample=sample, author="data", seed=seed)
 
 

@@ -8,7 +8,7 @@ from potstill.decode import Decoding, Row, Written, write
 from potstill.errors import DataError
 from potstill.models import Loaded, Tokens, same_tokenizer
 from potstill.seeds import derive
-from potstill.types import Author, Prompt, Rollout, Usage
+from potstill.types import Author, Prompt, Rollout, Turn, Usage
 
 
 class HFSampler:
@@ -17,61 +17,73 @@ class HFSampler:
     It holds the learner's own model object, so it always writes with the newest weights.
     """
 
-    def __init__(self, loaded: Loaded, *, max_tokens: int, decoding: Decoding = Decoding()):  # noqa: B008 - frozen
-        self.loaded, self.max_tokens, self.how = loaded, max_tokens, decoding
+    def __init__(self, loaded: Loaded, *, decoding: Decoding = Decoding()):  # noqa: B008 - frozen
+        self.loaded, self.how = loaded, decoding
 
-    async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
-        """`n` answers to each prompt. Raises DataError for a prompt that leaves no room for an answer."""
+    async def sample(
+        self, prompts: Sequence[Prompt], n: int, turn: Turn, *, guides: Sequence[tuple[int, ...]] = ()
+    ) -> list[list[Rollout]]:
+        """`n` answers to each prompt. Raises DataError for a prompt that leaves no room for an answer.
+
+        With `guides`, one per prompt, every answer starts with these tokens, which this model did not choose.
+        """
         tokens = self.loaded.tokens
-        trunks = [prompt_within(tokens, p, self.max_tokens) for p in prompts]
-        seeds = [[derive(seed, step, p.id, i) for i in range(n)] for p in prompts]
+        guides = guides or [()] * len(prompts)
+        asked = [prompt_within(tokens, p, turn.max_tokens) for p in prompts]
+        trunks = [ids + guide for ids, guide in zip(asked, guides, strict=True)]
+        seeds = [[derive(turn.seed, turn.step, p.id, i) for i in range(n)] for p in prompts]
         rows = [
-            Row(trunk=t, prefix=trunk, limit=self.max_tokens, seed=s)
+            Row(trunk=t, prefix=trunk, limit=turn.max_tokens - len(guides[t]), seed=s)
             for t, trunk in enumerate(trunks)
             for s in seeds[t]
         ]
         written = iter(write(self.loaded.model, trunks, rows, vocab=tokens.vocab, eos=tokens.eos, how=self.how))
         return [
-            [self._rollout(p, i, trunk, next(written), seeds[t][i]) for i in range(n)]
-            for t, (p, trunk) in enumerate(zip(prompts, trunks, strict=True))
+            [self._rollout(p, i, asked[t], guides[t], next(written), seeds[t][i]) for i in range(n)]
+            for t, p in enumerate(prompts)
         ]
 
-    def _rollout(self, prompt: Prompt, sample: int, ids: tuple[int, ...], w: Written, seed: int) -> Rollout:
+    def _rollout(
+        self, prompt: Prompt, sample: int, asked: tuple[int, ...], guide: tuple[int, ...], w: Written, seed: int
+    ) -> Rollout:
+        unknown = (0.0,) * len(guide)
         return Rollout(
             prompt=prompt,
             sample=sample,
-            prompt_ids=ids,
-            response_ids=w.ids,
-            pieces=chat.pieces(self.loaded.tokens.tokenizer, w.ids),
-            old_logp=w.logp,
-            entropy=w.entropy,
+            prompt_ids=asked,
+            response_ids=guide + w.ids,
+            pieces=chat.pieces(self.loaded.tokens.tokenizer, guide + w.ids),
+            old_logp=unknown + w.logp,
+            entropy=unknown + w.entropy,
             finish=w.finish,
             seed=seed,
+            guided=len(guide),
         )
 
 
 class Translated:
-    """A model's answers in the student's tokens: what `sft` learns from. The student's log-probs do not exist for them.
+    """A model's answers in the student's tokens: what `sft` learns from. The student's log-probs do not exist for them."""
 
-    `max_tokens` counts the student's tokens; the sampler's own limit counts those of its model.
-    """
-
-    def __init__(self, sampler: HFSampler, student: Tokens, *, max_tokens: int):
-        self.sampler, self.student, self.max_tokens = sampler, student, max_tokens
+    def __init__(self, sampler: HFSampler, student: Tokens):
+        self.sampler, self.student = sampler, student
         self.same = same_tokenizer(student, sampler.loaded.tokens) is None
 
-    async def sample(self, prompts: Sequence[Prompt], n: int, *, seed: int, step: int) -> list[list[Rollout]]:
+    async def sample(self, prompts: Sequence[Prompt], n: int, turn: Turn) -> list[list[Rollout]]:
         """`n` answers to each prompt, as if the student had written them."""
-        groups = await self.sampler.sample(prompts, n, seed=derive(seed, "teacher"), step=step)
-        return [[self._translated(r) for r in group] for group in groups]
+        # A foreign teacher may need more tokens for the same text; what is too long for the student is then cut.
+        room = turn.max_tokens if self.same else 2 * turn.max_tokens
+        groups = await self.sampler.sample(
+            prompts, n, replace(turn, seed=derive(turn.seed, "teacher"), max_tokens=room)
+        )
+        return [[self._translated(r, turn.max_tokens) for r in group] for group in groups]
 
-    def _translated(self, r: Rollout) -> Rollout:
+    def _translated(self, r: Rollout, max_tokens: int) -> Rollout:
         if self.same:
             ids = r.response_ids
         else:
             end = self.student.eos[:1] if r.finish == "stop" else ()
             ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)
-        ids = ids[: self.max_tokens]
+        ids = ids[:max_tokens]
         mine = foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author="teacher", seed=r.seed)
         return replace(mine, usage=Usage(read=len(r.prompt_ids), written=len(r.response_ids)))
 

@@ -4,7 +4,9 @@ With the student's tokenizer it reads the student's token ids after its own rend
 is a foreign, text-only teacher: it reads and writes text, which is cut to the asked length in the student's tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,17 @@ class HFTeacher:
     """Scores and continues with one model. `share` off reads every prefix anew: slow, and the reference for tests."""
 
     def __init__(
-        self, loaded: Loaded, student: Tokens, *, decoding: Decoding, text_only: bool = False, share: bool = True
+        self,
+        loaded: Loaded,
+        student: Tokens,
+        *,
+        decoding: Decoding,
+        text_only: bool = False,
+        share: bool = True,
+        shuffled: bool = False,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.name = loaded.tokens.name
+        self.name, self.shuffled, self.around = loaded.tokens.name, shuffled, around
         self.loaded, self.student, self.how, self.share = loaded, student, decoding, share
         self.foreign = text_only or same_tokenizer(student, loaded.tokens) is not None
 
@@ -40,8 +50,10 @@ class HFTeacher:
 
     async def feedback(self, asks: Sequence[Ask]) -> list[Feedback]:
         """Scores and continuations, in the order of the questions."""
-        scored = self._score([a for a in asks if a.wants is not Wants.TEXT])
-        written = self._continue([a for a in asks if a.wants is Wants.TEXT])
+        with self.around():
+            scored = self._score([a for a in asks if a.wants is not Wants.TEXT])
+            written = self._continue([a for a in asks if a.wants is Wants.TEXT])
+        written = _shuffled(written) if self.shuffled else written
         by_ask = {id(f.ask): f for f in [*scored, *written]}
         return [by_ask[id(a)] for a in asks]
 
@@ -150,6 +162,19 @@ class HFTeacher:
     def _limit(self, ask: Ask) -> int:
         assert ask.length is not None
         return round(SLACK * ask.length) if self.foreign and ask.unit == "student" else ask.length
+
+
+def _shuffled(said: Sequence[Feedback]) -> list[Feedback]:
+    """A control: every question gets the continuations of another prompt's, of the same rank among that prompt's."""
+    prompts = list(dict.fromkeys(f.ask.rollout.prompt.id for f in said))
+    of = {p: [f for f in said if f.ask.rollout.prompt.id == p] for p in prompts}
+    other = dict(zip(prompts, [*prompts[1:], *prompts[:1]], strict=True))
+    out: list[Feedback] = []
+    for prompt in prompts:
+        for i, f in enumerate(of[prompt]):
+            theirs = of[other[prompt]]
+            out.append(replace(f, texts=theirs[i % len(theirs)].texts))
+    return out
 
 
 def _scores(teacher: str, ask: Ask, logp: torch.Tensor, read: int) -> Feedback:

@@ -1,0 +1,88 @@
+"""What a step writes down: rows for metrics.jsonl, and rollouts for people to read. Every key is in `potstill.logged`."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from potstill.metrics import repetition
+from potstill.types import Feedback, Rollout, Target, Usage
+from potstill.verifiers.base import Verifier
+
+Row = dict[str, Any]
+
+
+def degenerate(group: Sequence[Rollout]) -> bool:
+    """Whether the student's answers to a prompt all score alike, so that comparing them teaches nothing."""
+    verdicts = {r.verdict for r in group if r.author == "student" and r.verdict is not None}
+    return len(verdicts) == 1
+
+
+def rollout_means(verifier: Verifier, groups: Sequence[Sequence[Rollout]]) -> Row:
+    """About what was written in a step: the student's answers where there are any, else the others."""
+    rollouts = [r for group in groups for r in group]
+    mine = [r for r in rollouts if r.author == "student"] or rollouts
+    verdicts = [r.verdict for r in mine if r.verdict is not None]
+    known: dict[str, list[float] | list[bool]] = {
+        "entropy": [h for r in mine for h in (r.entropy or ())[r.guided :]],
+        "verdict": verdicts,
+        "format_failure": [verifier.extract(r.text()) is None for r in mine if r.verdict is not None],
+        "degenerate": [degenerate(group) for group in groups if len(group) > 1 and verdicts],
+    }
+    row = {
+        "tokens": sum(len(r.response_ids) for r in rollouts),
+        "length": fmean(len(r.response_ids) for r in mine),
+        "truncated": fmean(r.finish == "length" for r in mine),
+        "repetition": fmean(repetition(r.response_ids) for r in mine),
+    }
+    return row | _examples(groups) | {name: fmean(values) for name, values in known.items() if values}
+
+
+def _examples(groups: Sequence[Sequence[Rollout]]) -> Row:
+    """Verified teacher answers among the student's: how many prompts have one, and how many answers were written for it."""
+    tries = sum(r.tries for group in groups for r in group)
+    if not tries:
+        return {}
+    taken = [r for group in groups for r in group if r.author == "teacher" or r.guided]
+    asked = [any(r.tries for r in group) for group in groups]
+    found = sum(bool(any(r.author == "teacher" or r.guided for r in group)) for group in groups)
+    return {"examples/share": fmean(asked), "examples/found": found / sum(asked), "examples/answers": len(taken)}
+
+
+def usage(said: Sequence[Feedback], rollouts: Sequence[Rollout]) -> Row:
+    """What the teacher read and wrote, and how its continuations ended."""
+    total = sum([f.usage for f in said if f.ask.of == "teacher"] + [r.usage for r in rollouts], Usage())
+    row = {"teacher/read": total.read, "teacher/cached": total.cached, "teacher/written": total.written}
+    ends = [end for f in said for end in f.finishes]
+    if not ends:
+        return row
+    asked = sum(f.ask.n * (f.ask.length or 0) for f in said)
+    written = sum(f.usage.written for f in said)
+    return row | {"teacher/stopped": fmean(e == "stop" for e in ends), "teacher/length_ratio": written / asked}
+
+
+def describe(target: Target, step: int) -> Row:
+    """A rollout and all that is known about it, as a row of rollouts/step_N.jsonl."""
+    r = target.rollout
+
+    def numbers(values: Any) -> list[float | None] | None:
+        return None if values is None else [None if x != x else round(float(x), 5) for x in values]
+
+    return {
+        "step": step,
+        "id": r.prompt.id,
+        "sample": r.sample,
+        "author": r.author,
+        "messages": [dict(m) for m in r.prompt.messages],
+        "answer": r.prompt.answer,
+        "pieces": list(r.pieces),
+        "entropy": numbers(r.entropy),
+        "old_logp": numbers(r.old_logp),
+        "weight": numbers(target.weight),
+        "anchor": numbers(target.anchor),
+        "advantage": numbers(target.advantage),
+        "verdict": r.verdict,
+        "finish": r.finish,
+        "policy_version": r.policy_version,
+        "info": {name: numbers(values) for name, values in target.info.items()},
+        "audits": [{name: getattr(a, name) for name in a.__slots__} for a in target.audits],
+    }

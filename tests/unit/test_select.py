@@ -1,0 +1,92 @@
+"""Which tokens are left to learn."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from potstill.select import select
+from potstill.types import Ask, Feedback, Prompt, Reviewed, Rollout, Target, Wants
+
+
+def target(
+    entropy: list[float], teacher: list[float] | None = None, weight: list[float] | None = None, seed: int = 0
+) -> Target:
+    n = len(entropy)
+    r = Rollout(
+        prompt=Prompt(id="p", messages=()),
+        sample=0,
+        prompt_ids=(0,),
+        response_ids=(1,) * n,
+        pieces=("x",) * n,
+        old_logp=(-1.0,) * n,
+        entropy=tuple(entropy),
+        finish="stop",
+        seed=seed,
+    )
+    ask = Ask(rollout=r, view=r.prompt, wants=Wants.SAMPLED)
+    said = () if teacher is None else (Feedback(ask=ask, teacher="t", sampled=torch.tensor(teacher).numpy()),)
+    return Target(source=Reviewed(rollout=r, feedback=said), weight=torch.tensor(weight or [1.0] * n))
+
+
+def kept(targets: list[Target], by: str, keep: float) -> list[list[float]]:
+    return [t.weight.tolist() for t in select(targets, by, keep)]  # type: ignore[arg-type]
+
+
+def test_the_most_uncertain_tokens_of_the_whole_batch():
+    a, b = target([0.1, 0.9, 0.2]), target([0.8, 0.3, 0.0, 0.7])
+    assert kept([a, b], "entropy", 0.5) == [[0, 1, 0], [1, 0, 0, 1]]  # 3 of 7
+
+
+def test_a_token_without_weight_is_not_chosen_and_does_not_count():
+    assert kept([target([0.9, 0.1, 0.2, 0.3], weight=[0.0, 1.0, 0.5, 2.0])], "entropy", 0.7) == [[0, 0, 0.5, 2]]
+
+
+def test_the_tokens_teacher_and_student_differ_most_about():
+    # k3 of d = -1, 1, 0, -3: .37, .72, 0, 2.05
+    assert kept([target([0.0] * 4, [-2.0, 0.0, -1.0, -4.0])], "divergence", 0.5) == [[0, 1, 0, 1]]
+
+
+def test_tip_takes_the_uncertain_and_the_overconfident():
+    entropy = [1.0, 0.0, 0.0, 0.5]
+    teacher = [-1.0, -9.0, -1.0, -1.0]  # only the second is a disagreement
+    assert kept([target(entropy, teacher)], "tip", 0.5) == [[1, 1, 0, 0]]
+    h, d = 0.5 / 0.94, 0.0  # the 98th percentile of four numbers lies between the last two: 0.5 + 0.94 * 0.5
+    assert h + d - h * d < 1
+
+
+def test_tip_is_the_soft_or_of_both():
+    h, teacher = [0.4, 0.6, 0.0, 1.0, 0.0], [0.0, -2.0, -1.0, -1.0, -30.0]
+    k3 = [math.exp(1) - 2, math.exp(-1), 0, 0, math.exp(-10) + 9]
+    top_h, top_d = torch.tensor(h).quantile(0.98).item(), torch.tensor(k3).quantile(0.98).item()
+    score = [(a := min(x, top_h) / top_h) + (b := min(y, top_d) / top_d) - a * b for x, y in zip(h, k3, strict=True)]
+    best = sorted(range(5), key=lambda i: -score[i])[:3]
+    assert kept([target(h, teacher)], "tip", 0.6) == [[float(i in best) for i in range(5)]]
+
+
+def test_chance_depends_on_the_seed_alone():
+    one = kept([target([0.0] * 20, seed=1)], "random", 0.5)
+    assert one == kept([target([1.0] * 20, seed=1)], "random", 0.5)
+    assert one != kept([target([0.0] * 20, seed=2)], "random", 0.5)
+    assert sum(one[0]) == 10
+
+
+@pytest.mark.parametrize("by", ["entropy", "divergence", "tip", "random"])
+@settings(derandomize=True, database=None, max_examples=30)
+@given(
+    st.lists(st.lists(st.floats(0, 5, width=16), min_size=1, max_size=6), min_size=1, max_size=4), st.floats(0.01, 0.99)
+)
+def test_the_share_that_is_kept(by, entropies, keep):
+    targets = [target(h, [-1.0 - x for x in h], seed=i) for i, h in enumerate(entropies)]
+    n = sum(map(len, entropies))
+    assert sum(map(sum, kept(targets, by, keep))) == max(int(keep * n), 1)
+
+
+def test_an_answer_of_the_teacher_keeps_its_likelihood_weight():
+    t = target([0.0, 0.0])
+    theirs = Target(source=Reviewed(rollout=t.rollout), weight=torch.zeros(2), imitate=torch.ones(2))
+    [_, got] = select([target([1.0, 2.0], [-1.0, -5.0]), theirs], "tip", 0.5)
+    assert got.imitate is not None
+    assert got.imitate.tolist() == [1, 1]
