@@ -249,8 +249,17 @@ def read(recipe: str | Path, overrides: Sequence[str] = (), variant: str | None 
         notes.insert(0, f"variant {variant}")
     for override in overrides:
         _apply(raw, override)
+    if variant is not None:
+        raw = without_unused(raw)
     shown = "".join(f"# {note}\n" for note in notes)
     return parse(raw), (f"{text}\n# chosen on the command line:\n{shown}" if notes else text)
+
+
+def without_unused(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's tables, without a [teacher] or [reference] that its method does not ask: those are for the others."""
+    method = parse(dict(raw)).method
+    unused = {"teacher": getattr(method, "teacherless", False), "reference": getattr(method, "refers_to", "") != "base"}
+    return {key: value for key, value in raw.items() if not unused.get(key)}
 
 
 def tables(recipe: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], str]:

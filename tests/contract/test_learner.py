@@ -1,5 +1,6 @@
 """The local learner: one gradient however a batch is laid out, and weights that come back bit for bit."""
 
+import asyncio
 import copy
 import itertools
 from dataclasses import replace
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from potstill import models
 from potstill.batch import collate
 from potstill.config import Learner, LoRA
+from potstill.decode import Decoding
 from potstill.errors import CheckpointError, TrainingError
 from potstill.learners.local import LocalLearner
 from potstill.methods.base import Method
@@ -23,7 +25,10 @@ from potstill.methods.omniopd import OmniOPD
 from potstill.methods.opd import OPD
 from potstill.methods.sampled_kl import SampledKL
 from potstill.methods.sft import SFT
+from potstill.methods.sgopd import SGOPD
 from potstill.models import Loaded
+from potstill.phased import Phased
+from potstill.teachers.hf import HFTeacher
 from potstill.types import Ask, Feedback, Reviewed, Target, Wants
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
@@ -32,6 +37,9 @@ METHODS: dict[str, Method] = {
     "opd top-k": OPD(beta=1.0, top_k=5),
     "sampled_kl": SampledKL(gamma=0.5, clip_low=0.99, clip_high=1e3, dual_clip=1e3),
     "sft": SFT(),
+    "sgopd with examples": SGOPD(
+        mean="sequence", phased=Phased(loss="topk", top_k=5), clip_low=0.99, clip_high=1e3, dual_clip=1e3
+    ),
     "omniopd": OmniOPD(chunks=2, continuations=2, chunk_length=3, beta=0.5),
 }
 TEXTS = ["It is 42.", "the cat sat on the mat", "naïve 🙂", "the dog and the cat", "4", "What is 30? It is 12."]
@@ -55,8 +63,11 @@ def said(ask: Ask, vocab: int = STUDENT.vocab) -> Feedback:
 
 def targets(method: Method, texts: list[str] = TEXTS) -> list[Target]:
     made = [
-        tiny.rollout(STUDENT, text, ask=tiny.prompt("Why? " * (1 + i % 3), id=text)) for i, text in enumerate(texts)
+        tiny.rollout(STUDENT, text, ask=tiny.prompt("Why? " * (1 + i % 3), id=text), verdict=float(i % 2))
+        for i, text in enumerate(texts)
     ]
+    if method.examples:
+        made[1::3] = [replace(r, author="teacher", old_logp=None, entropy=None) for r in made[1::3]]
     return method.targets([Reviewed(rollout=r, feedback=tuple(said(a) for a in method.asks(r))) for r in made])
 
 
@@ -209,6 +220,39 @@ def test_learning_rates_by_hand() -> None:
     by = learner(steps=4, lr=1.0, schedule="linear")
     assert [by.step(targets(SFT()), SFT(), i, (i - 1) / 4)["lr"] for i in (1, 3)] == pytest.approx([1, 0.5])
     assert by.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def test_several_updates_are_several_steps_on_the_same_rollouts() -> None:
+    """Two updates are two optimiser steps at one rate; the ratio of the second is no longer 1."""
+    method = METHODS["sampled_kl"]
+    fixed = targets(method)
+    one, two = learner(lr=0.01), learner(lr=0.01, updates=2)
+    rows = [one.step(fixed, method, 1), one.step(fixed, method, 1)]
+    joined = two.step(fixed, method, 1)
+    assert equal(weights(one), weights(two))
+    assert joined["loss"] == pytest.approx((rows[0]["loss"] + rows[1]["loss"]) / 2)
+    assert joined["ratio_max"] == max(row["ratio_max"] for row in rows)
+    assert rows[0]["ratio_max"] != rows[1]["ratio_max"]
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_the_initial_student_can_be_asked_after_training(lora: LoRA | None) -> None:
+    """What extrapolation starts from: the scores of the weights before the first step, adapter off."""
+    by = learner(lora=lora, lr=0.05)
+    prompt_ids, ids = (5, 6, 7), (8, 9, 10, 11)
+    before = tiny.plain_logp(by.model, prompt_ids, ids, STUDENT.vocab)
+    moved_away(by)
+    loaded, around = by.initial()
+    with around():
+        assert torch.equal(tiny.plain_logp(loaded.model, prompt_ids, ids, STUDENT.vocab), before)
+    assert (tiny.plain_logp(by.model, prompt_ids, ids, STUDENT.vocab) - before).abs().max() > 0.01
+    asked = HFTeacher(loaded, STUDENT, decoding=Decoding(), around=around)
+    r = tiny.rollout(STUDENT, "It is 42.")
+    [feedback] = asyncio.run(asked.feedback([Ask(rollout=r, view=r.prompt, wants=Wants.SAMPLED, of="reference")]))
+    with around():
+        want = tiny.plain_logp(loaded.model, r.prompt_ids, r.response_ids, STUDENT.vocab)
+    want = want.gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
+    np.testing.assert_allclose(feedback.sampled, want, atol=2e-5)
 
 
 def test_dropout_is_seeded_by_the_step() -> None:

@@ -68,6 +68,17 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+def refused(ended: Ended, *words: str) -> None:
+    """Exit code 2 and one message that holds all the words; no traceback."""
+    message = " ".join(ended.err.split())
+    assert "Traceback" not in message, message
+    assert ended.code == 2, message
+    assert message.count("potstill:") == 1, message
+    for word in words:
+        assert word in message, f"{word!r} is not in: {message}"
+    assert len(message) < 1200, message
+
+
 def recipe(folder: Path, text: str = RECIPE) -> Path:
     """A recipe file in `folder`."""
     path = folder / "tiny.toml"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.e2e.small import OVERRIDES, Command, Ended, command, parsed, recipe
+from tests.e2e.small import OVERRIDES, Command, Ended, command, parsed, recipe, refused
 
 from potstill import loop, models
 from potstill.build import build
@@ -47,17 +47,6 @@ def copy(name: str, to: Path) -> Path:
 def edit(path: Path, **values: Any) -> None:
     """Set top-level fields of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
-
-
-def refused(ended: Ended, *words: str) -> None:
-    """Exit code 2 and one message that holds all the words; no traceback."""
-    message = " ".join(ended.err.split())
-    assert "Traceback" not in message, message
-    assert ended.code == 2, message
-    assert message.count("potstill:") == 1, message
-    for word in words:
-        assert word in message, f"{word!r} is not in: {message}"
-    assert len(message) < 1200, message
 
 
 RECIPES = {

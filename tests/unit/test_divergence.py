@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from potstill.divergence import entropy, forward_kl, jsd, reverse_kl, with_rest
+from potstill.divergence import entropy, forward_kl, jsd, overlap, reverse_kl, with_rest
 
 V = 4
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -146,3 +146,16 @@ def test_the_rest_of_everything_is_nothing_and_its_gradient_a_number(dtype: torc
     assert rest[-1] < math.log(1e-5)
     assert rest.isfinite().all()
     assert torch.autograd.grad(forward_kl(rest, rest.detach().flip(0)), p)[0].isfinite().all()
+
+
+def test_overlap_by_hand() -> None:
+    s = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.05, 0.03, 0.01, 0.01], dtype=torch.float64)
+    t = torch.tensor([0.3, 0.05, 0.4, 0.1, 0.1, 0.03, 0.01, 0.01], dtype=torch.float64)
+    seen = overlap(s.log()[None], t.log()[None])  # k = 8 / 4: {0, 1} and {2, 0}
+    assert seen["overlap"].item() == 0.5
+    assert seen["overlap/student"].item() == pytest.approx(0.4)
+    assert seen["overlap/teacher"].item() == pytest.approx(0.3)
+    gap = (t * t.log()).sum() - (s * s.log()).sum()
+    assert seen["entropy_gap"].item() == pytest.approx(abs(gap.item()))
+    same = overlap(s.log()[None], s.log()[None], k=1)
+    assert [v.item() for v in same.values()] == pytest.approx([1, 0.4, 0.4, 0])

@@ -96,19 +96,15 @@ def _check(asked: plan.Plan, labels: Sequence[str]) -> dict[str, dict[str, Any]]
 
 
 def _checked(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe, without the teacher and the reference model if its method asks none: the base's are for the others."""
+    """The recipe, without the teacher and the reference model if its method asks none."""
     from potstill import build, config
-    from potstill.methods.base import Method
 
-    parsed = config.parse(dict(tables))
-    assert isinstance(parsed.method, Method)
-    unused = {"teacher": parsed.method.teacherless, "reference": parsed.method.refers_to != "base"}
-    tables = dict(tables) | {name: None for name, not_asked in unused.items() if not_asked and name in tables}
-    parsed = config.parse(tables)
+    recipe = config.without_unused(tables)
+    parsed = config.parse(recipe)
     if parsed.eval.questions == 0:
         raise ConfigError("eval.questions = 0 asks nothing, so there is nothing to compare. Set it to 256, say")
     build.check(parsed)
-    return tables
+    return recipe
 
 
 def _report(asked: plan.Plan, jobs: Sequence[Job], against: str, folder: Path) -> Comparison:

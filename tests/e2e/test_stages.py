@@ -1,0 +1,117 @@
+"""What happens in a step between sampling and learning: horizons, replaced prompts, budgets, teacher answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.small import parsed
+
+from potstill import loop
+from potstill.build import Parts, build
+from potstill.config import Config
+from potstill.loop import degenerate
+from potstill.spent import Spent
+from potstill.types import Rollout
+
+Step = tuple[Config, Parts]
+
+
+def step_of(*overrides: str) -> Step:
+    config = parsed(*overrides)
+    return config, build(config)
+
+
+async def groups(config: Config, parts: Parts, step: int = 1, done: float = 0.0) -> tuple[list[list[Rollout]], int]:
+    return await loop._write(config, parts, step, done)
+
+
+def run(coroutine: Any) -> Any:
+    import asyncio
+
+    return asyncio.run(coroutine)
+
+
+def test_an_answer_cut_at_the_horizon_has_no_verdict():
+    config, parts = step_of("rollouts={prompts=6, horizon={start=20, grow=28}}", "steps=4")
+    short, _ = run(groups(config, parts, 1))
+    longest = max(len(r.response_ids) for group in short for r in group)
+    assert longest == 20
+    for group in short:
+        for r in group:
+            assert (r.verdict is None) == (r.finish == "length")
+    whole, _ = run(groups(config, parts, 2))
+    assert all(r.verdict is not None for group in whole for r in group)
+
+
+def test_an_answer_cut_at_the_limit_is_wrong_as_ever():
+    config, parts = step_of("rollouts={prompts=4, max_tokens=5}")
+    made, _ = run(groups(config, parts))
+    assert [r.verdict for group in made for r in group] == [0.0] * 4
+
+
+def test_prompts_that_teach_nothing_are_replaced_and_paid_for():
+    rollouts = "rollouts={prompts=8, group=4%s}"
+    config, parts = step_of("method.name=grpo", "teacher=NONE", rollouts % "")
+    plain, nothing = run(groups(config, parts))
+    assert nothing == 0
+    again = config.model_copy(update={"rollouts": config.rollouts.model_copy(update={"resample": 3})})
+    got, dropped = run(groups(again, parts))
+    kept = [i for i, group in enumerate(plain) if not degenerate(group)]
+    assert 0 < len(kept) < 8
+    assert [got[i] for i in kept] == [plain[i] for i in kept]
+    assert sum(map(degenerate, got)) < sum(map(degenerate, plain))
+    assert len({group[0].prompt.id for group in got}) == 8
+    first = sum(len(r.response_ids) for i in range(8) if i not in kept and got[i] != plain[i] for r in plain[i])
+    assert dropped >= first > 0
+
+
+def test_a_budget_ends_the_run_with_the_step_that_reaches_it(tmp_path: Path):
+    run_ = loop.train(parsed("steps=NONE", "budget.rollout_tokens=300", "learner.schedule=linear"), tmp_path)
+    tokens = [row["tokens"] for row in run_.metrics]
+    assert sum(tokens[:-1]) < 300 <= sum(tokens)
+    assert run_.finished is not None
+    assert (run_.finished["rollout_tokens"], run_.finished["why"]) == (sum(tokens), "rollout_tokens")
+    assert run_.evals[-1]["step"] == len(tokens) == run_.finished["step"]
+    spent = [0, *tokens]
+    rates = [1e-3 * (1 - sum(spent[: i + 1]) / 300) for i in range(len(tokens))]
+    assert [row["lr"] for row in run_.metrics] == pytest.approx(rates)
+    assert [row["done"] for row in run_.metrics] == pytest.approx(
+        [min(sum(tokens[: i + 1]) / 300, 1) for i in range(len(tokens))], abs=1e-6
+    )
+
+
+def test_teacher_tokens_are_a_budget_too(tmp_path: Path):
+    run_ = loop.train(parsed("steps=NONE", "budget.teacher_tokens=400"), tmp_path)
+    read = [row["teacher/read"] + row["teacher/written"] for row in run_.metrics]
+    assert sum(read[:-1]) < 400 <= sum(read)
+
+
+def test_what_is_spent_survives_a_stop():
+    config = parsed("steps=NONE", "budget.rollout_tokens=1000")
+    row = {"tokens": 90, "dropped": 10, "teacher/read": 7, "teacher/written": 3, "cpu_s": 1.5}
+    spent = Spent(config, [row, row | {"cpu_s": 2.5}])
+    assert (spent.steps, spent.rollout_tokens, spent.teacher_tokens, spent.cpu_s, spent.share) == (2, 200, 20, 2.5, 0.2)
+
+
+def test_teacher_answers_come_first_and_then_go(tmp_path: Path):
+    method = "method={name='sgopd', phased={share=1.0, flat=0.4, end=0.6, tries=2}}"
+    run_ = loop.train(parsed("steps=5", method), tmp_path)
+    first, last = run_.metrics[0], run_.metrics[-1]
+    assert first["examples/share"] == first["examples/found"] == 1
+    assert first["teacher/written"] > 1.5 * first["tokens"]  # two tries for each answer that is kept
+    assert first["example_loss"] > 0
+    assert "examples/share" not in last
+    assert last["teacher/written"] == 0
+    assert [r["author"] for r in run_.rollouts(1)] == ["teacher"] * 4
+    assert [r["author"] for r in run_.rollouts(5)] == ["student"] * 4
+
+
+def test_a_prefix_of_the_teacher_is_marked(tmp_path: Path):
+    method = "method={name='sgopd', phased={share=0.5, mode='prefix'}}"
+    run_ = loop.train(parsed("steps=1", method), tmp_path)
+    rows = run_.rollouts(1)
+    assert all(r["author"] == "student" for r in rows)
+    given = [sum(w == 0 for w in r["weight"]) for r in rows]
+    assert any(4 <= n <= 24 for n in given)
+    assert run_.metrics[0]["examples/answers"] == sum(n > 0 for n in given)
+    assert run_.metrics[0]["mismatch"] < 1e-4  # old_logp of what the student wrote is the learner's, behind any prefix
