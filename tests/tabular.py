@@ -1,7 +1,7 @@
 """A language model that fits on a page: V tokens, T steps, one row of logits per prefix. All its answers can be listed.
 
-    row 0           the first token
-    row 1 + y_0     the second token, after y_0
+row 0           the first token
+row 1 + y_0     the second token, after y_0
 """
 
 import itertools

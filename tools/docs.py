@@ -25,6 +25,7 @@ from potstill.methods.base import Method
 from potstill.methods.token_credit import TokenCredit
 from potstill.tasks import TASKS
 from potstill.tasks.rows import Rows
+from potstill.teachers import settings
 from potstill.types import Wants
 from potstill.verifiers import Exact, Math
 
@@ -36,12 +37,17 @@ TABLES: dict[str, tuple[type[BaseModel], str]] = {
     "[student]": (config.Student, ""),
     "[student.lora]": (config.LoRA, "Optional. "),
     "[teacher]": (config.Teacher, "Left out where the method asks no teacher. "),
-    "[reference]": (config.Teacher, 'Only for methods with `reference = "base"`; the same fields as [teacher]. '),
+    '[teacher] kind = "http"': (settings.HTTP, ""),
+    '[teacher] kind = "chat"': (settings.Chat, ""),
+    '[teacher] kind = "replay"': (settings.Replay, ""),
+    "[reference]": (config.Reference, "Optional. "),
     "[budget]": (config.Budget, "Instead of `steps`. "),
     "[rollouts]": (config.Rollouts, ""),
     "[rollouts.horizon]": (config.Horizon, "Optional. "),
     "[select]": (config.Select, "Optional. "),
     "[learner]": (config.Learner, ""),
+    "[geometry]": (config.Geometry, ""),
+    "[projection]": (config.Projection, "Optional. "),
     "[eval]": (config.Evaluation, ""),
     "[save]": (config.Save, ""),
 }
@@ -49,7 +55,7 @@ TABLES: dict[str, tuple[type[BaseModel], str]] = {
 
 NESTED = {
     *("student", "lora", "teacher", "reference", "budget", "task", "method", "rollouts", "horizon", "select"),
-    *("learner", "eval", "save"),
+    *("learner", "geometry", "projection", "eval", "save"),
 }
 """Fields that are tables of their own."""
 
@@ -130,7 +136,7 @@ def table(cls: type[BaseModel], skip: Sequence[str] = ()) -> str:
             preset = field.default if isinstance(field.default, BaseModel) else None
             inner += rows(part, f"{prefix}{name}.", preset)
         else:
-            lines.append(row(f"{prefix}{name}", field, meaning.get(name, "")))
+            lines.append(row(f"{prefix}{field.alias or name}", field, meaning.get(name, "")))
     lines += inner
     return "\n".join(lines) + "\n" if len(lines) > 2 else "No fields.\n"
 

@@ -63,9 +63,15 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def info_means(targets: Sequence[Target]) -> dict[str, float]:
-    """Every `info` number averaged over the tokens of all targets; nan, "does not apply", is left out."""
+    """Every `info` number averaged over the tokens of all targets; nan, "does not apply", is left out.
+
+    Those named *_rms are averaged by the root of the mean of squares.
+    """
     names = dict.fromkeys(name for t in targets for name in t.info)
-    means = {n: torch.cat([t.info[n] for t in targets if n in t.info]).nanmean().item() for n in names}
+    values = {n: torch.cat([t.info[n] for t in targets if n in t.info]) for n in names}
+    means = {
+        n: v.square().nanmean().sqrt().item() if n.endswith("_rms") else v.nanmean().item() for n, v in values.items()
+    }
     return {name: mean for name, mean in means.items() if mean == mean}
 
 

@@ -5,6 +5,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +15,24 @@ from potstill.config import Config, Teacher
 from potstill.decode import Decoding
 from potstill.errors import ConfigError
 from potstill.learners.local import LocalLearner
+from potstill.learners.recorder import Recorder
 from potstill.methods.base import Method
 from potstill.models import Tokens
 from potstill.samplers.base import Sampler
 from potstill.samplers.data import DataSampler, answer_ids
 from potstill.samplers.hf import HFSampler, Translated, prompt_within
 from potstill.samplers.phased import PhasedSampler
+from potstill.samplers.scored import ScoredSampler
 from potstill.tasks.base import Task
+from potstill.teachers import load as remote
+from potstill.teachers.asking import Asking
 from potstill.teachers.base import Teacher as TeacherProtocol
 from potstill.teachers.hf import HFTeacher
+from potstill.teachers.settings import HTTP, Replay
 from potstill.types import Prompt, Wants
 from potstill.verifiers.base import Verifier
 
+BASES = ("self", "random", "inputs")
 NEEDS = {
     Wants.TEXT: "text",
     Wants.SAMPLED: "the log-probability of each token",
@@ -53,6 +60,8 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
     _check_reference(config, method)
     _check_rollouts(config, method)
     _check_selection(config, method)
+    _check_budget(config, method)
+    _check_geometry(config)
     if config.steps and config.learner.warmup >= config.steps:
         raise ConfigError(
             f"learner.warmup = {config.learner.warmup} is not shorter than steps = {config.steps}, so the learning rate "
@@ -71,13 +80,7 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
     student = models.load_tokens(config.student.path, config.student.eos)
     readers = [student]
     if config.teacher is not None:
-        device(config.teacher.device)
-        teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
-        if method.wants > Wants.TEXT:
-            models.check_shared(student, teacher)
-        elif method.author == "teacher" and models.same_tokenizer(student, teacher) is None:
-            models.check_eos(student, teacher)
-        readers.append(teacher)
+        readers += _check_tokens(config, method, student)
     if config.reference is not None:
         device(config.reference.device)
         models.check_shared(student, models.load_tokens(config.reference.path, config.reference.eos))
@@ -94,6 +97,27 @@ def check(config: Config) -> tuple[Tokens, list[Prompt]]:
     return student, questions
 
 
+def _writes(config: Config, method: Method) -> bool:
+    """Whether the teacher writes whole answers."""
+    return method.author == "teacher" or method.examples is not None or config.rollouts.off_policy
+
+
+def _check_tokens(config: Config, method: Method, student: Tokens) -> list[Tokens]:
+    """The teacher's tokenizer, where it has one that we know of, checked against the student's."""
+    if isinstance(config.teacher, Teacher):
+        device(config.teacher.device)
+        teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
+    elif isinstance(config.teacher, HTTP):
+        teacher = models.load_tokens(config.teacher.tokenizer, config.teacher.eos)
+    else:
+        return []
+    if method.wants > Wants.TEXT:
+        models.check_shared(student, teacher)
+    if _writes(config, method) and models.same_tokenizer(student, teacher) is None:
+        models.check_eos(student, teacher)
+    return [teacher]
+
+
 def _check_teacher(config: Config, method: Method) -> None:
     name, teacher = method.name, config.teacher
     if teacher is None:
@@ -102,25 +126,38 @@ def _check_teacher(config: Config, method: Method) -> None:
             raise ConfigError(
                 f"{name} learns from a teacher ({what}), but the recipe names none. Add [teacher] with path = ..."
             )
-        if config.budget.teacher_tokens:
-            raise ConfigError(f"budget.teacher_tokens never ends a run of {name}, which asks no teacher. Give steps")
         return
     if method.teacherless:
         raise ConfigError(f"{name} as set here asks no teacher, so [teacher] would have no effect. Remove the table")
-    if teacher.text_only and method.wants > Wants.TEXT:
+    if not isinstance(teacher, Teacher):
+        remote.check(teacher, name, method.wants)
+        if _writes(config, method):
+            raise ConfigError(
+                f"{name} as set here learns from whole answers of the teacher, which only a model in this process writes so "
+                f"far, not one of kind {teacher.kind!r}. Use a method that asks about the student's answers, such as omniopd"
+            )
+    if isinstance(teacher, Replay):
+        return
+    if isinstance(teacher, Teacher | HTTP) and teacher.text_only and method.wants > Wants.TEXT:
         raise ConfigError(
             f"{name} needs {NEEDS[method.wants]} of the teacher, but teacher.text_only leaves only text. "
             "Use method omniopd, or remove text_only"
         )
-    if method.wants > Wants.TEXT and (teacher.temperature != 1 or teacher.top_p != 1):
+    writes = method.examples is not None or config.rollouts.off_policy
+    if method.wants > Wants.TEXT and not writes and (teacher.temperature != 1 or teacher.top_p != 1):
         raise ConfigError(
             f"{name} reads the teacher's scores, which are always at temperature 1, so teacher.temperature and top_p would "
             "have no effect. Remove them (opd: method.teacher_temperature flattens the scores)"
         )
-    if teacher.shuffled and method.wants is not Wants.TEXT:
+    shuffled = isinstance(teacher, Teacher) and teacher.shuffled
+    if shuffled and method.wants is not Wants.TEXT:
         raise ConfigError(
             f"teacher.shuffled gives every prompt the continuations of another, but {name} asks for none. Remove it, or "
             "use a method that learns from continuations, such as omniopd"
+        )
+    if shuffled and config.rollouts.prompts == 1:
+        raise ConfigError(
+            "teacher.shuffled needs another prompt to take continuations from, but rollouts.prompts = 1. Set it to 2 or more"
         )
     if teacher.temperature == 0 and "variety" in method.needs:
         raise ConfigError(
@@ -152,6 +189,15 @@ def _check_answers(method: Method, prompts: list[Prompt]) -> None:
         )
 
 
+def _check_budget(config: Config, method: Method) -> None:
+    if config.budget.teacher_tokens and not (method.corrects or method.author == "teacher"):
+        asks = "asks no teacher" if method.teacherless else "does not ask the teacher about every answer"
+        raise ConfigError(
+            f"budget.teacher_tokens may never end a run of {method.name}, which as set here {asks}. "
+            "Give steps or budget.rollout_tokens"
+        )
+
+
 def _check_selection(config: Config, method: Method) -> None:
     if config.select is None or config.select.by == "random":
         return
@@ -160,16 +206,36 @@ def _check_selection(config: Config, method: Method) -> None:
             f"select.by = {config.select.by!r} looks at the student's own tokens, but {method.name} learns from the "
             f"{method.author}'s. Remove [select], or use by = 'random'"
         )
-    if config.select.by != "entropy" and method.wants < Wants.SAMPLED:
+    if config.select.by != "entropy" and (method.wants < Wants.SAMPLED or not method.corrects):
         raise ConfigError(
             f"select.by = {config.select.by!r} compares the teacher's scores with the student's, but {method.name} asks for "
             "none. Use by = 'entropy', or a method that asks for scores"
         )
 
 
+def _check_geometry(config: Config) -> None:
+    projection = config.projection
+    for table, wanted in (("projection", projection is not None), ("geometry", config.geometry.every > 0)):
+        if wanted and config.student.lora:
+            raise ConfigError(
+                f"[{table}] is about whole weight matrices, but [student.lora] trains an adapter beside them, whose updates "
+                "have at most its rank anyway. Remove one of the two (`potstill geometry` reads adapters)"
+            )
+    if projection and projection.basis == "self" and projection.at == 0:
+        raise ConfigError(
+            'projection.from = "self" takes the subspace of the update so far, but at projection.at = 0 there is none. '
+            "Set at = 0.2, say, or take the basis from elsewhere"
+        )
+    if projection and projection.basis not in BASES and not Path(projection.basis).is_file():
+        raise ConfigError(
+            f"projection.from = {projection.basis!r} is neither {', '.join(BASES)} nor a file. Give one of these, or the "
+            "geometry/step_N.npz of a run that recorded its updates ([geometry])"
+        )
+
+
 def _check_rollouts(config: Config, method: Method) -> None:
     group, room = config.rollouts.group, config.rollouts.max_tokens
-    greedy = method.author == "teacher" and config.teacher is not None and config.teacher.temperature == 0
+    greedy = method.author == "teacher" and isinstance(config.teacher, Teacher) and config.teacher.temperature == 0
     if group > 1 and (greedy or method.author == "data"):
         who = "the data set has one answer" if not greedy else "teacher.temperature = 0 writes one answer"
         raise ConfigError(
@@ -191,6 +257,18 @@ def _check_rollouts(config: Config, method: Method) -> None:
         raise ConfigError(
             f"rollouts.horizon.start = {config.rollouts.horizon.start} shortens nothing: answers have at most {room} tokens "
             f"(rollouts.max_tokens) and are written by the {method.author}. Lower it, or remove the horizon"
+        )
+    if config.rollouts.horizon and (not method.corrects or method.examples):
+        why = "learns from verdicts, which an answer that is cut off does not have"
+        if method.examples:
+            why = "has answers of the teacher verified (phased), and none that is cut off can be right"
+        raise ConfigError(
+            f"rollouts.horizon cuts answers off, but {method.name} as set here {why}. Remove one of the two"
+        )
+    if config.rollouts.off_policy and (method.author != "student" or method.examples or method.wants <= Wants.TEXT):
+        raise ConfigError(
+            f"rollouts.off_policy lets the teacher write in the student's place, but {method.name} as set here "
+            "does not learn from the student's answers alone by the teacher's scores. Remove it, or use opd or sampled_kl"
         )
     if "entropy" in method.needs and method.author != "student":
         raise ConfigError(
@@ -226,12 +304,19 @@ class Parts:
     """Writes what the method learns from: the student, the teacher or the data set."""
     teacher: TeacherProtocol | None
     reference: TeacherProtocol | None
+    recorder: Recorder | None
 
 
-def build(config: Config) -> Parts:
-    """Check the recipe, then load its models."""
+def build(config: Config, folder: Path | None = None) -> Parts:
+    """Check the recipe, then load its models. `folder` is the run's: a teacher that is paid keeps its answers there."""
     tokens, questions = check(config)
     method = _method(config)
+    teacher = _load_teacher(config, tokens, folder or Path("runs") / config.name)
+    if teacher is not None and teacher.offers < method.wants:
+        raise ConfigError(
+            f"{method.name} needs {NEEDS[method.wants]} of the teacher, but {teacher.name!r} shows only "
+            f"{NEEDS[teacher.offers]}. Use method omniopd, or a server that sends log-probs of the prompt, such as vLLM"
+        )
     s = config.student
     student = models.load(s.path, dtype=s.dtype, device=device(s.device), eos=s.eos)
     learner = LocalLearner(
@@ -241,9 +326,8 @@ def build(config: Config) -> Parts:
         seed=config.seed,
         reference="reference" in method.needs,
         lora=s.lora,
+        projection=config.projection,
     )
-    teacher = _load_teacher(config.teacher, tokens) if config.teacher else None
-    assert teacher is None or teacher.offers >= method.wants  # check_shared has seen to it
     return Parts(
         method=method,
         task=_task(config),
@@ -253,13 +337,19 @@ def build(config: Config) -> Parts:
         sampler=_sampler(config, method, learner, teacher),
         teacher=teacher,
         reference=_reference(config, method, learner),
+        recorder=Recorder(config.geometry, learner.model) if config.geometry.every else None,
     )
 
 
-def _load_teacher(config: Teacher, student: Tokens) -> HFTeacher:
-    loaded = models.load(config.path, dtype=config.dtype, device=device(config.device), eos=config.eos)
-    how = Decoding(temperature=config.temperature, top_p=config.top_p, cells=config.batch_cells)
-    return HFTeacher(loaded, student, decoding=how, text_only=config.text_only, shuffled=config.shuffled)
+def _load_teacher(config: Config, student: Tokens, folder: Path) -> HFTeacher | Asking | None:
+    t = config.teacher
+    if t is None:
+        return None
+    if not isinstance(t, Teacher):
+        return remote.load(t, student, folder, config.name)
+    loaded = models.load(t.path, dtype=t.dtype, device=device(t.device), eos=t.eos)
+    how = Decoding(temperature=t.temperature, top_p=t.top_p, cells=t.batch_cells)
+    return HFTeacher(loaded, student, decoding=how, text_only=t.text_only, shuffled=t.shuffled)
 
 
 def _reference(config: Config, method: Method, learner: LocalLearner) -> HFTeacher | None:
@@ -267,16 +357,25 @@ def _reference(config: Config, method: Method, learner: LocalLearner) -> HFTeach
         initial, around = learner.initial()
         how = Decoding(cells=config.rollouts.batch_cells)
         return HFTeacher(initial, learner.tokens, decoding=how, around=around)
-    return _load_teacher(config.reference, learner.tokens) if config.reference else None
+    if config.reference is None:
+        return None
+    r = config.reference
+    loaded = models.load(r.path, dtype=r.dtype, device=device(r.device), eos=r.eos)
+    return HFTeacher(loaded, learner.tokens, decoding=Decoding(cells=config.rollouts.batch_cells))
 
 
-def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: HFTeacher | None) -> Sampler:
+def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: TeacherProtocol | None) -> Sampler:
     if method.author == "data":
         return DataSampler(learner.tokens)
     student = HFSampler(learner.loaded, decoding=Decoding(cells=config.rollouts.batch_cells))
-    if teacher is None or (method.author == "student" and method.examples is None):
+    by_student = method.author == "student" and method.examples is None and not config.rollouts.off_policy
+    if by_student:
         return student
+    assert isinstance(teacher, HFTeacher)  # _check_teacher has seen to it
     writer = Translated(HFSampler(teacher.loaded, decoding=teacher.how), learner.tokens)
+    if config.rollouts.off_policy:
+        scorer = HFTeacher(learner.loaded, learner.tokens, decoding=Decoding(cells=config.rollouts.batch_cells))
+        return ScoredSampler(writer, scorer)
     if method.examples is None:
         return writer
     return PhasedSampler(student, writer, _task(config).verifier(), method.examples)

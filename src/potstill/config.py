@@ -8,12 +8,13 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, SerializeAsAny, Tag, ValidationError, model_validator
 
 from potstill import registry
 from potstill.errors import ConfigError, unknown
+from potstill.teachers import settings
 
 DType = Literal["float32", "bfloat16"]
 
@@ -74,6 +75,33 @@ class Teacher(Part):
     """Rows times tokens held in its cache at once: the bound on memory."""
 
 
+def _kind(table: object) -> str:
+    return str(table.get("kind", "hf") if isinstance(table, dict) else getattr(table, "kind", "hf"))
+
+
+AnyTeacher = Annotated[
+    Annotated[Teacher, Tag("hf")]
+    | Annotated[settings.HTTP, Tag("http")]
+    | Annotated[settings.Chat, Tag("chat")]
+    | Annotated[settings.Replay, Tag("replay")],
+    Discriminator(_kind),
+]
+"""A model in this process, or one of those that are not."""
+
+
+class Reference(Part):
+    """The model that extrapolation starts from, for `reference = "base"`: the teacher before its RL, say."""
+
+    path: str
+    """As student.path; it needs the student's tokenizer."""
+    dtype: DType = "float32"
+    """Of its weights and arithmetic."""
+    device: str = "auto"
+    """As student.device."""
+    eos: tuple[str, ...] | None = None
+    """As student.eos."""
+
+
 class Horizon(Part):
     """Learn from the beginnings of answers first: H = start + grow * ((step - 1) // every) tokens, at most max_tokens.
 
@@ -95,9 +123,11 @@ class Horizon(Part):
 class Select(Part):
     """Which tokens learn: the share `keep` of a step's tokens that score highest. The others get weight 0."""
 
-    by: Literal["entropy", "divergence", "tip", "random"]
-    """The student's entropy; an estimate of KL(student || teacher) from the sampled token; h + d - h d of both, scaled to
-    0..1 (TIP, arXiv:2604.14084); or chance, as a control."""
+    by: Literal["entropy", "divergence", "gap", "tip", "random"]
+    """The student's entropy; an estimate of KL(student || teacher) from the sampled token; how much likelier the student
+    finds it than the teacher does; h + d - h d of the first two, scaled to 0..1 (TIP, arXiv:2604.14084); or chance."""
+    over: Literal["batch", "answer"] = "batch"
+    """Which tokens compete."""
     keep: float = Field(0.5, gt=0, lt=1)
     """Share of tokens that learn."""
 
@@ -113,6 +143,8 @@ class Rollouts(Part):
     """Longest answer, in student tokens, in training and in evaluation."""
     horizon: Horizon | None = None
     """Shorter answers in training."""
+    off_policy: bool = False
+    """A control: the teacher writes, the student only says how likely it finds that."""
     resample: int = Field(0, ge=0)
     """How often other prompts take the place of those whose answers all score alike (DAPO's dynamic sampling)."""
     batch_cells: int = Field(65_536, gt=0)
@@ -172,6 +204,35 @@ class Save(Part):
     """Rollouts written each time."""
 
 
+class Geometry(Part):
+    """Keep where the weights go while they train: leading singular vectors of the update, norms and spectra."""
+
+    every: int = Field(0, ge=0)
+    """Steps between recordings; 0: none. The first and the last step are recorded too."""
+    k: int = Field(64, gt=0)
+    """Singular vectors kept of each matrix."""
+    matrices: Literal["attention", "linear"] = "attention"
+    """Those of attention, which the paper averages over, or of all linear layers but the output."""
+    most: float = Field(0.05, gt=0)
+    """Largest share of the run's CPU time: a recording that would bring it above is left out."""
+
+
+class Projection(Part, validate_by_name=True, serialize_by_alias=True):
+    """Confine the updates to a subspace of the layers' inputs (arXiv:2606.07082, Sec. 4.2)."""
+
+    basis: str = Field("self", alias="from")
+    """`self`: leading right singular vectors of the update so far. `random`. `inputs`: leading eigenvectors of the layer
+    inputs' second moment. Else a file: geometry/step_N.npz of another run."""
+    k: int = Field(16, gt=0)
+    """Its dimension."""
+    mode: Literal["grad", "step", "coord"] = "grad"
+    """What is projected: the gradient (the paper), the optimiser's step, or the parameters themselves."""
+    matrices: Literal["attention", "linear"] = "linear"
+    """Which weights; all others train freely."""
+    at: float = Field(0.2, ge=0, lt=1)
+    """When it starts, as a share of the run."""
+
+
 class Budget(Part):
     """When a run ends, if not after a number of steps. At most one of these; the step that reaches it is the last."""
 
@@ -200,14 +261,15 @@ class Config(Part):
     budget: Budget = Budget()
     """Ends the run by what it spends instead."""
     student: Student
-    teacher: Teacher | None = None
-    reference: Teacher | None = None
-    """The model that extrapolation starts from, for `reference = "base"`."""
+    teacher: AnyTeacher | None = None
+    reference: Reference | None = None
     task: SerializeAsAny[BaseModel]
     method: SerializeAsAny[BaseModel]
     rollouts: Rollouts = Rollouts()
     select: Select | None = None
     learner: Learner = Learner()
+    geometry: Geometry = Geometry()
+    projection: Projection | None = None
     eval: Evaluation = Evaluation()
     save: Save = Save()
 
@@ -369,8 +431,16 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, cls: type[BaseModel], prefix: str) -> Iterable[str]:
     for e in error.errors():
-        where = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
-        if e["type"] == "extra_forbidden":
+        table, *inside = e["loc"] or ("",)
+        kinded = cls is Config and table == "teacher"  # pydantic puts the kind of teacher between table and field
+        loc = (table, *inside[kinded:])
+        where = ".".join(str(part) for part in (prefix, *loc) if part != "")
+        if e["type"] == "union_tag_invalid":
+            kinds = [kind.strip("' ") for kind in e["ctx"]["expected_tags"].split(",")]
+            yield f"{where}.kind: {unknown('kind', str(e['ctx']['tag']), kinds)}"
+        elif e["type"] == settings.SECRET:
+            yield f"{where}: {e['msg']}"
+        elif e["type"] == "extra_forbidden":
             fields = _fields_at(cls, e["loc"][:-1])
             yield f"{where}: {unknown('field', str(e['loc'][-1]), fields)}"
         elif e["type"] == "missing":
@@ -388,10 +458,16 @@ def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         if len(options) > 1:  # pydantic puts the tag of a tagged union into the location
             options = [o for o in options if any(part == f.default for f in o.model_fields.values())]
         else:
-            annotation = options[0].model_fields[part].annotation
-            parts = getattr(annotation, "__args__", (annotation,))
-            options = [o for o in parts if isinstance(o, type) and issubclass(o, BaseModel)]
-    return list(options[0].model_fields)
+            options = list(_models(options[0].model_fields[part].annotation))
+    return [field.alias or name for name, field in options[0].model_fields.items()]
+
+
+def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The tables in a type, however deep inside a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inside in get_args(annotation):
+        yield from _models(inside)
 
 
 def parse_part(cls: Any, raw: dict[str, Any], overrides: Sequence[str], table: str) -> Any:

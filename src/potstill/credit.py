@@ -6,7 +6,7 @@
     A_i                                   what the verifier thinks of the whole answer
     c_t, e_t                              may depend on whether the signs of A_i and d_t agree
 
-Every method of the family is a choice of f, c, e and w; docs/methods.md has the table.
+Nearly every method of the family is a choice of f, c, e and w; docs/methods.md has the table.
 """
 
 from collections.abc import Sequence

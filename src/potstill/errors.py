@@ -5,6 +5,7 @@
     ├── DataError(ValueError)     a data set or a verifier's input
     ├── ModelError                a student or teacher that cannot be loaded, or a pair that cannot work together
     ├── TeacherError              a teacher's answer that cannot be used
+    │   └── BudgetEnded           not an error: the recipe's limit on what the teacher may cost is reached
     ├── TrainingError             a step that cannot go on (a loss that is not a number, a full disk)
     ├── CheckpointError           a run or checkpoint that cannot be read
     └── Interrupted               not an error: the user stopped the run (exit code 130)
@@ -14,7 +15,8 @@ Anything else that reaches the command line is our fault: exit code 1, with a tr
 
 import difflib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -64,6 +66,14 @@ class ModelError(PotstillError):
 
 class TeacherError(PotstillError):
     """An answer of the teacher that cannot be used."""
+
+
+class BudgetEnded(TeacherError):
+    """The recipe's limit on what the teacher may cost. `said` are the answers of the step that were complete by then."""
+
+    def __init__(self, message: str, said: Sequence[Any] = ()):
+        super().__init__(message)
+        self.said = tuple(said)
 
 
 class TrainingError(PotstillError):

@@ -10,7 +10,10 @@ LOGGED: dict[str, tuple[str, str]] = {
     "tokens": ("tokens", "Response tokens of the step's rollouts."),
     "dropped": ("tokens", "Of rollouts that `rollouts.resample` replaced."),
     "length": ("tokens", "Mean length of a response, the end-of-sequence token included."),
-    "verdict": ("", "Mean score of the step's rollouts by the verifier, 0 to 1."),
+    "verdict": (
+        "",
+        "Mean score by the verifier, 0 to 1. As in all means over answers, the student's own count if there are any.",
+    ),
     "truncated": ("share", "Rollouts that reached the length limit."),
     "repetition": ("share", "Repeated four-token sequences among all of a response: 1 - distinct / total."),
     "entropy": ("nats", "Mean entropy of the distributions that produced the response tokens."),
@@ -18,15 +21,18 @@ LOGGED: dict[str, tuple[str, str]] = {
         "share",
         "Answers in which the verifier found none; of rollouts, or of an evaluation's answers.",
     ),
-    "degenerate": ("share", "Prompts whose answers all score alike, so that comparing them teaches nothing."),
+    "degenerate": (
+        "share",
+        "Prompts with several student answers that all score alike, so that comparing them teaches nothing.",
+    ),
     "examples/share": ("share", "Prompts for which the teacher was asked to write (`phased`)."),
     "examples/found": (
         "share",
-        "Of those, prompts with an accepted teacher answer; for the others the student wrote alone.",
+        "Of those, prompts with an accepted teacher answer; to the others the student answered alone.",
     ),
-    "examples/answers": (
-        "",
-        "Accepted teacher answers among the step's rollouts; in mode `prefix`, answers that go on from one.",
+    "examples/accepted": (
+        "share",
+        "Of all answers that the teacher wrote for them: finished, right and not repetitive.",
     ),
     "example_loss": ("nats/token", "The loss on the teacher's own tokens times mu, over all trained tokens."),
     "credit": ("", "Mean |A_t| of token-credit methods."),
@@ -43,6 +49,8 @@ LOGGED: dict[str, tuple[str, str]] = {
     "conflict/wrong": ("share", "Tokens of worse answers that the teacher does not want lowered: 1 - consensus/wrong."),
     "d/consensus": ("nats", "Mean d_t = log pi_T - log pi_old where verifier and teacher agree."),
     "d/conflict": ("nats", "Mean d_t where they do not."),
+    "term/teacher_rms": ("nats", "mix: root mean square of alpha d_t over the trained tokens."),
+    "term/verifier_rms": ("", "mix: root mean square of (1 - alpha) A_i over the trained tokens."),
     "reference_gap": ("nats", "Mean |log pi_T - log pi_ref| on sampled tokens."),
     "overlap": ("share", "opd: of the student's k likeliest tokens, those among the teacher's k; k = min(16, V/4)."),
     "overlap/student": (
@@ -81,6 +89,11 @@ LOGGED: dict[str, tuple[str, str]] = {
     "time/sample": ("CPU s", "Spent on rollouts this step."),
     "time/teacher": ("CPU s", "Spent on the teacher this step, if it runs in this process."),
     "time/learn": ("CPU s", "Spent on loss, gradient and optimiser this step."),
+    "time/geometry": ("CPU s", "Spent on recording where the weights went this step; no part of `cpu_s`."),
+    "projection/inside": (
+        "share",
+        "||dW V||^2 / ||dW||^2 of the update since the projection started, all matrices together.",
+    ),
     "cpu_s": ("CPU s", "Spent on training steps since the start, evaluations left out."),
     "eval_cpu_s": ("CPU s", "Spent on this evaluation."),
     "avg@k": ("share", "Mean score of k sampled answers per question."),

@@ -15,7 +15,7 @@ from potstill.batch import info_means
 from potstill.build import Parts, build, environment
 from potstill.config import Config
 from potstill.decode import Decoding
-from potstill.errors import ConfigError, Interrupted, TrainingError
+from potstill.errors import BudgetEnded, ConfigError, Interrupted, TrainingError
 from potstill.evaluate import evaluate
 from potstill.record import degenerate, describe, rollout_means, usage
 from potstill.run import Run
@@ -53,7 +53,9 @@ def train(
             f"{folder} was started with another recipe: {', '.join(changed)} differ, so its numbers would not go on. "
             "Resume with the recipe as it was, or start a new run under another name"
         )
-    parts = build(config)
+    if run and run.finished and (latest := run.latest()) and latest[0] == run.finished["step"]:
+        return run  # unless somebody went back to an older checkpoint
+    parts = build(config, folder)
     run = run or Run.create(folder, config=text, resolved=resolved, env=environment())
     with run.locked(), Stop() as stop:
         asyncio.run(_train(config, parts, run, stop, watch))
@@ -74,8 +76,13 @@ async def _train(config: Config, parts: Parts, run: Run, stop: Stop, watch: Watc
     while spent.share < 1:
         step += 1
         row, targets = await _step(config, parts, step, spent)
-        run.append("metrics", row)
+        if not targets:  # the teacher's budget ended before a single answer: the step before was the last
+            await _close(config, parts, run, step - 1, spent, watch)
+            break
         last = spent.share >= 1
+        if parts.recorder:
+            row |= parts.recorder.keep(run, step, last=last, cpu_s=spent.cpu_s)
+        run.append("metrics", row)
         if watch:
             watch.step(row)
         if step % config.save.rollouts_every == 0 or step == 1 or last:
@@ -89,37 +96,55 @@ async def _train(config: Config, parts: Parts, run: Run, stop: Stop, watch: Watc
     run.finish(spent.summary())
 
 
+async def _close(config: Config, parts: Parts, run: Run, step: int, spent: Spent, watch: Watcher | None) -> None:
+    """Evaluate and save after a step that turned out to be the last, unless that was done."""
+    if run.evals and run.evals[-1]["step"] != step:
+        await _evaluate(config, parts, run, step, spent, watch)
+    latest = run.latest()
+    if latest is None or latest[0] != step:
+        run.checkpoint(step, parts.learner.save, config.save.keep)
+
+
 async def _step(config: Config, parts: Parts, step: int, spent: Spent) -> tuple[Row, list[Target]]:
     method, began = parts.method, time.process_time()
     groups, dropped = await _write(config, parts, step, spent.share)
     sampled = time.process_time()
     rollouts = [r for group in groups for r in group]
-    said = await _ask(parts, [ask for r in rollouts for ask in method.asks(r)])
+    asks = [ask for r in rollouts for ask in method.asks(r)]
+    try:
+        said = await _ask(parts, asks)
+    except BudgetEnded as end:  # learn from the answers that were paid for, and let this be the last step
+        said, spent.ended = list(end.said), str(end)
+        groups = answered(groups, asks, said)
     taught = time.process_time()
     targets = [t for group in review(groups, said) for t in method.targets(group)]
+    if not targets and spent.ended:
+        return {}, []
     if not targets:
         raise TrainingError(
             f"step {step}: none of {len(rollouts)} rollouts can be learnt from; all are empty. "
             "Check that the prompts end where an answer begins, and that the student is not already at an end token"
         )
     if config.select:
-        targets = select(targets, config.select.by, config.select.keep)
+        targets = select(targets, config.select.by, config.select.keep, config.select.over)
     learnt = parts.learner.step(targets, method, step, spent.share)
     ended = time.process_time()
-    row = {"step": step, "dropped": dropped, **learnt, **info_means(targets)}
-    row |= {**rollout_means(parts.verifier, groups), **usage(said, rollouts)}
+    lost = sum(len(r.response_ids) for r in dropped)
+    row = {"step": step, "dropped": lost, **learnt, **info_means(targets)}
+    row |= {**rollout_means(parts.verifier, groups), **usage(said, [*rollouts, *dropped])}
     spent.add(row, ended - began)
     times = {"time/sample": sampled - began, "time/teacher": taught - sampled, "time/learn": ended - taught}
     row |= {name: round(t, 4) for name, t in times.items()}
     return row | {"cpu_s": round(spent.cpu_s, 3), "done": round(spent.share, 6)}, targets
 
 
-async def _write(config: Config, parts: Parts, step: int, done: float) -> tuple[list[list[Rollout]], int]:
-    """The rollouts of a step with their verdicts, and how many tokens were dropped.
+async def _write(config: Config, parts: Parts, step: int, done: float) -> tuple[list[list[Rollout]], list[Rollout]]:
+    """The rollouts of a step with their verdicts, and those that were dropped.
 
     Groups whose answers all score alike are replaced by those of other prompts, as often as `rollouts.resample` allows.
     """
-    limit, dropped = config.rollouts.max_tokens, 0
+    limit = config.rollouts.max_tokens
+    dropped: list[Rollout] = []
     room = config.rollouts.horizon.at(step, limit) if config.rollouts.horizon else limit
     turn = Turn(seed=config.seed, step=step, done=done, max_tokens=room)
 
@@ -134,7 +159,7 @@ async def _write(config: Config, parts: Parts, step: int, done: float) -> tuple[
         fresh = parts.task.draw(derive(config.seed, "again", again), step, len(alike)) if alike else []
         fresh = [p for p in fresh if p.id not in known]
         for i, group in zip(alike, await written(fresh) if fresh else (), strict=False):
-            dropped += sum(len(r.response_ids) for r in groups[i])
+            dropped += groups[i]
             groups[i] = group
     return groups, dropped
 
@@ -172,6 +197,16 @@ async def _evaluate(config: Config, parts: Parts, run: Run, step: int, spent: Sp
         run.append("evals", row)
         if watch:
             watch.evaluation(row)
+
+
+def answered(groups: Sequence[Sequence[Rollout]], asks: Sequence[Ask], said: Sequence[Feedback]) -> list[list[Rollout]]:
+    """The rollouts about which every question was answered: half an opinion would count as another one."""
+    missing = {id(ask): ask.rollout.key for ask in asks}
+    for feedback in said:
+        missing.pop(id(feedback.ask), None)
+    without = set(missing.values())
+    kept = [[r for r in group if r.key not in without] for group in groups]
+    return [group for group in kept if group]
 
 
 def review(groups: Sequence[Sequence[Rollout]], said: Sequence[Feedback]) -> list[list[Reviewed]]:

@@ -5,7 +5,8 @@
            = 0                                                       end <= x
 
 The paper has three phases, a cosine and an end in pure student sampling. Where its phases end, rho at the start and the
-weight of the teacher's answers are not known to us; the defaults here are ours.
+weight of the teacher's answers are not known to us; the defaults here are ours, and so is what a right answer replaces: all
+of the student's answers to that prompt, by the first ones that are right.
 """
 
 import math
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field, model_validator
 class Phased(BaseModel, frozen=True, extra="forbid"):
     """Verified teacher answers at the start of a run. They are learnt by likelihood, never by a ratio."""
 
-    share: float = Field(0.5, ge=0, le=1)
+    share: float = Field(ge=0, le=1)
     """rho at the start; 0: none. `whole`: of the prompts of a step. `prefix`: of the teacher's answer."""
     flat: float = Field(0.1, ge=0, le=1)
     """Where the cosine starts, as a share of the run."""
@@ -31,7 +32,7 @@ class Phased(BaseModel, frozen=True, extra="forbid"):
     """On the teacher's tokens: their likelihood, or forward KL over the teacher's `top_k` likeliest and the rest."""
     top_k: int = Field(16, gt=0)
     """K of `topk`."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, gt=0)
     """mu, of this loss beside the student's own."""
     max_repetition: float = Field(0.5, ge=0, le=1)
     """Teacher answers with a larger share of repeated 4-grams are rejected."""

@@ -13,20 +13,23 @@ Row = dict[str, Any]
 
 def degenerate(group: Sequence[Rollout]) -> bool:
     """Whether the student's answers to a prompt all score alike, so that comparing them teaches nothing."""
-    verdicts = {r.verdict for r in group if r.author == "student" and r.verdict is not None}
-    return len(verdicts) == 1
+    return len(set(_judged(group))) == 1
+
+
+def _judged(group: Sequence[Rollout]) -> list[float]:
+    return [r.verdict for r in group if r.author == "student" and r.verdict is not None]
 
 
 def rollout_means(verifier: Verifier, groups: Sequence[Sequence[Rollout]]) -> Row:
     """About what was written in a step: the student's answers where there are any, else the others."""
     rollouts = [r for group in groups for r in group]
-    mine = [r for r in rollouts if r.author == "student"] or rollouts
+    mine = [r for r in rollouts if r.author == "student" and not r.guided] or rollouts
     verdicts = [r.verdict for r in mine if r.verdict is not None]
     known: dict[str, list[float] | list[bool]] = {
         "entropy": [h for r in mine for h in (r.entropy or ())[r.guided :]],
         "verdict": verdicts,
         "format_failure": [verifier.extract(r.text()) is None for r in mine if r.verdict is not None],
-        "degenerate": [degenerate(group) for group in groups if len(group) > 1 and verdicts],
+        "degenerate": [degenerate(group) for group in groups if len(_judged(group)) > 1],
     }
     row = {
         "tokens": sum(len(r.response_ids) for r in rollouts),
@@ -38,14 +41,15 @@ def rollout_means(verifier: Verifier, groups: Sequence[Sequence[Rollout]]) -> Ro
 
 
 def _examples(groups: Sequence[Sequence[Rollout]]) -> Row:
-    """Verified teacher answers among the student's: how many prompts have one, and how many answers were written for it."""
-    tries = sum(r.tries for group in groups for r in group)
-    if not tries:
+    """Teacher answers among the student's: for how many prompts there were some, and how many were accepted."""
+    asked = [r for group in groups for r in group if r.tries]
+    if not asked:
         return {}
-    taken = [r for group in groups for r in group if r.author == "teacher" or r.guided]
-    asked = [any(r.tries for r in group) for group in groups]
-    found = sum(bool(any(r.author == "teacher" or r.guided for r in group)) for group in groups)
-    return {"examples/share": fmean(asked), "examples/found": found / sum(asked), "examples/answers": len(taken)}
+    return {
+        "examples/share": len(asked) / len(groups),
+        "examples/found": fmean(r.right > 0 for r in asked),
+        "examples/accepted": sum(r.right for r in asked) / sum(r.tries for r in asked),
+    }
 
 
 def usage(said: Sequence[Feedback], rollouts: Sequence[Rollout]) -> Row:
@@ -72,6 +76,7 @@ def describe(target: Target, step: int) -> Row:
         "id": r.prompt.id,
         "sample": r.sample,
         "author": r.author,
+        "guided": r.guided,
         "messages": [dict(m) for m in r.prompt.messages],
         "answer": r.prompt.answer,
         "pieces": list(r.pieces),
@@ -80,6 +85,7 @@ def describe(target: Target, step: int) -> Row:
         "weight": numbers(target.weight),
         "anchor": numbers(target.anchor),
         "advantage": numbers(target.advantage),
+        "imitate": numbers(target.imitate),
         "verdict": r.verdict,
         "finish": r.finish,
         "policy_version": r.policy_version,

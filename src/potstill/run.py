@@ -197,6 +197,24 @@ class Run:
         """Write the rollouts of a step."""
         write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
+    def keep_geometry(self, step: int, rows: Iterable[Mapping[str, Any]], arrays: Mapping[str, Any]) -> None:
+        """Write what was recorded of the update at a step: vectors to a file of their own, rows behind those before."""
+        import numpy as np
+
+        folder = self.path / "geometry"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".step_{step:06d}.npz"
+        with writing(temporary):
+            np.savez(temporary, **arrays)
+            temporary.replace(folder / f"step_{step:06d}.npz")
+            with (folder / "trajectory.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    @property
+    def trajectory(self) -> list[Row]:
+        """What was recorded of the update: one row for each matrix and step."""
+        return read_rows(self.path / "geometry" / "trajectory.jsonl")
+
     def checkpoint(self, step: int, save: Callable[[Path], None], keep: int) -> Path:
         """Save with `save(folder)` as checkpoints/step_N, make it the latest, and drop all but the newest `keep`."""
         folder = self.path / "checkpoints" / f"step_{step:06d}"
@@ -238,11 +256,15 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`, so that a resumed run writes it again, once; step 0: everything."""
-        for name in ("metrics", "evals"):
+        for name in ("metrics", "evals", "geometry/trajectory"):
             path = self.path / f"{name}.jsonl"
             if path.exists():
                 kept = [row for row in read_rows(path) if 0 < step >= row["step"]]
                 write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        (self.path / "finished.json").unlink(missing_ok=True)
+        for vectors in (self.path / "geometry").glob("step_*.npz"):
+            if int(vectors.stem.removeprefix("step_")) > step:
+                vectors.unlink()
         for later in self.rollout_steps:
             if later > step:
                 (self.path / "rollouts" / f"step_{later:06d}.jsonl").unlink()

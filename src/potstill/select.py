@@ -2,45 +2,59 @@
 
     H_t  = entropy of the student's distribution, nats
     D_t  = exp(d_t) - d_t - 1,   d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)         estimates KL(student || teacher)
-    s_t  = H_t;  D_t;  h_t + D_t' - h_t D_t'  with both scaled to 0..1 (TIP, arXiv:2604.14084);  or chance
+    s_t  = H_t;  D_t;  -d_t (where the student is surest beyond the teacher);  or chance
+         = h_t + D_t' - h_t D_t'  with both scaled to 0..1 (TIP, arXiv:2604.14084)
     keep the floor(keep m) largest s_t of the m tokens with a weight, at least one; weight 0 on the others
 
-Scaling is to the range within the batch, cut at its 98th percentile. TIP takes the whole divergence for D; one number per
-token from the teacher gives this estimate of it.
+m counts the tokens of the batch, or of one answer (`over`). Losses are means over the tokens that are kept, so what is
+left counts 1 / keep times as much as before: the rescaling of arXiv:2606.07082, Sec. 5.
+
+Scaling is to the range of the batch's m tokens, cut at their 98th percentile. TIP takes the whole divergence for D; one
+number per token from the teacher gives this estimate of it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from potstill.credit import PerToken, k3
 from potstill.seeds import derive, uniforms
 from potstill.types import Target
 
-By = Literal["entropy", "divergence", "tip", "random"]
+By = Literal["entropy", "divergence", "gap", "tip", "random"]
+Over = Literal["batch", "answer"]
 LARGEST = 10.0
 """Nats: a larger |d_t| ranks as this one."""
 
 
-def select(targets: Sequence[Target], by: By, keep: float) -> list[Target]:
-    """The targets with weight 0 on all but the tokens that score highest over the whole batch."""
+def select(targets: Sequence[Target], by: By, keep: float, over: Over = "batch") -> list[Target]:
+    """The targets with weight 0 on all but the tokens that score highest over the whole batch, or in each answer."""
     scores = torch.cat([_scores(t, by) for t in targets]) if by != "tip" else _tip(targets)
-    weighted = torch.cat([t.weight for t in targets]) != 0
+    lengths = [len(t.weight) for t in targets]
+    weights = torch.cat([t.weight for t in targets])
+    parts = [len(scores)] if over == "batch" else lengths
+    kept = torch.cat([_best(s, w, keep) for s, w in zip(scores.split(parts), weights.split(parts), strict=True)])
+    return [replace(t, weight=t.weight * k) for t, k in zip(targets, kept.split(lengths), strict=True)]
+
+
+def _best(scores: Float[Tensor, " N"], weights: Float[Tensor, " N"], keep: float) -> Float[Tensor, " N"]:
+    """1 on the share `keep` of the weighted tokens that score highest."""
+    weighted = weights != 0
     count = max(int(keep * int(weighted.sum())), 1)
-    best = scores.masked_fill(~weighted, -torch.inf).topk(min(count, len(scores))).indices
     kept = torch.zeros_like(scores)
-    kept[best] = 1.0
-    parts = kept.split([len(t.weight) for t in targets])
-    return [replace(t, weight=t.weight * part) for t, part in zip(targets, parts, strict=True)]
+    kept[scores.masked_fill(~weighted, -torch.inf).topk(min(count, len(scores))).indices] = 1.0
+    return kept
 
 
 def _tip(targets: Sequence[Target]) -> Float[Tensor, " N"]:
-    h = _scaled(torch.cat([_scores(t, "entropy") for t in targets]))
-    d = _scaled(torch.cat([_scores(t, "divergence") for t in targets]))
+    weighted = torch.cat([t.weight for t in targets]) != 0
+    h = _scaled(torch.cat([_scores(t, "entropy") for t in targets]), weighted)
+    d = _scaled(torch.cat([_scores(t, "divergence") for t in targets]), weighted)
     return h + d - h * d
 
 
@@ -53,9 +67,14 @@ def _scores(target: Target, by: By) -> PerToken:
     said = target.source.said()
     if said is None or r.old_logp is None:  # a row that the teacher wrote has no weight to select
         return torch.zeros(len(r.response_ids))
-    return k3((torch.from_numpy(said.sampled) - torch.tensor(r.old_logp)).clamp(-LARGEST, LARGEST))
+    d = (torch.from_numpy(said.sampled) - torch.tensor(r.old_logp)).clamp(-LARGEST, LARGEST)
+    return -d if by == "gap" else k3(d)
 
 
-def _scaled(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    top = values.clamp(max=values.quantile(0.98).item())
-    return (top - top.min()) / (top.max() - top.min()).clamp(min=1e-12)
+def _scaled(values: Float[Tensor, " N"], weighted: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """To 0..1 by the range of the weighted tokens, whose largest 2 % count as the largest of the others."""
+    known = values[weighted].sort().values
+    if not len(known):
+        return values
+    top = known[math.ceil(0.98 * len(known)) - 1]
+    return ((values.clamp(max=top) - known[0]) / (top - known[0]).clamp(min=1e-12)).clamp(min=0)

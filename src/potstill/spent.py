@@ -15,6 +15,8 @@ class Spent:
         self.limit = ("steps", float(config.steps)) if config.steps else config.budget.given
         self.steps = self.rollout_tokens = self.teacher_tokens = 0
         self.cpu_s = 0.0
+        self.ended = ""
+        """Why the run is over before its own end: what the teacher may cost is spent."""
         for row in rows:
             self.add(row, 0.0)
             self.cpu_s = row["cpu_s"]
@@ -31,10 +33,12 @@ class Spent:
         """Of the budget, 0 .. 1."""
         assert self.limit is not None
         name, most = self.limit
+        if self.ended:
+            return 1.0
         return min(1.0, (self.cpu_s if name == "cpu_seconds" else getattr(self, name)) / most)
 
     def summary(self) -> Row:
         """What a finished run says of itself."""
         assert self.limit is not None
         counts = {"rollout_tokens": self.rollout_tokens, "teacher_tokens": self.teacher_tokens}
-        return {"step": self.steps, **counts, "cpu_s": round(self.cpu_s, 3), "why": self.limit[0]}
+        return {"step": self.steps, **counts, "cpu_s": round(self.cpu_s, 3), "why": self.ended or self.limit[0]}

@@ -103,7 +103,9 @@ class Rollout:
     usage: Usage = Usage()
     """What a teacher's writing for this prompt cost, rejected tries included; on one rollout of a group."""
     tries: int = 0
-    """Answers the teacher wrote in order to get this one, or in vain; on one rollout of a group."""
+    """Answers the teacher wrote to this prompt, on one rollout of a group;"""
+    right: int = 0
+    """and how many of them were accepted."""
     guided: int = 0
     """Leading tokens that the teacher wrote and the student went on from. Their old_logp and entropy are 0."""
 

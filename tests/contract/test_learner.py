@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
     "sampled_kl": SampledKL(gamma=0.5, clip_low=0.99, clip_high=1e3, dual_clip=1e3),
     "sft": SFT(),
     "sgopd with examples": SGOPD(
-        mean="sequence", phased=Phased(loss="topk", top_k=5), clip_low=0.99, clip_high=1e3, dual_clip=1e3
+        mean="sequence", phased=Phased(share=0.5, loss="topk", top_k=5), clip_low=0.99, clip_high=1e3, dual_clip=1e3
     ),
     "omniopd": OmniOPD(chunks=2, continuations=2, chunk_length=3, beta=0.5),
 }

@@ -37,7 +37,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "grpd": ("method.name=grpd", GROUP, "rollouts.resample=2"),
     "rlsd": ("method.name=rlsd", GROUP),
     "r2opd": ("method.name=r2opd", "method.mean=sequence"),
-    "poweropd": ("method.name=poweropd", "select={by='tip'}"),
+    "poweropd": ("method.name=poweropd", "select={by='tip'}", "geometry.every=1", "projection={from='random', at=0.0}"),
     "reopold": ("method.name=reopold", "budget.rollout_tokens=200", "steps=NONE"),
 }
 """What turns RECIPE into a run of each method."""

@@ -14,7 +14,7 @@ FAULTS = {
     "lam below 1": (["method={name='sgopd', lam=0.9}"], "method.lam = 0.9", "greater than or equal to 1"),
     "beta below 0": (["method={name='sgopd', beta=-0.1}"], "method.beta = -0.1", "greater than or equal to 0"),
     "a field within a table": (["method={name='sgopd', phased={shar=1}}"], "phased.shar", "did you mean 'share'?"),
-    "phases out of order": (["method={name='sgopd', phased={flat=0.6, end=0.2}}"], "flat = 0.6", "end = 0.2"),
+    "phases out of order": (["method={name='sgopd', phased={share=1, flat=0.6, end=0.2}}"], "flat = 0.6", "end = 0.2"),
     "grpo of one answer": (["-teacher", "method.name=grpo"], "grpo", "rollouts.group = 1", "rollouts.group = 8"),
     "sgopd by groups of one": (
         ["method={name='sgopd', sign='group'}"],
@@ -39,8 +39,44 @@ FAULTS = {
     "no end": (["-steps"], "nothing says when the run ends", "cpu_seconds"),
     "a budget nobody spends": (
         ["-steps", "-teacher", "budget.teacher_tokens=100", "method.name=grpo", "rollouts.group=2"],
-        "budget.teacher_tokens never ends a run of grpo",
+        "budget.teacher_tokens may never end a run of grpo",
         "Give steps",
+    ),
+    "a budget that may never be spent": (
+        ["-steps", "method={name='grpo', phased={share=0.5}}", "rollouts.group=2", "budget.teacher_tokens=100"],
+        "budget.teacher_tokens may never end a run of grpo",
+        "budget.rollout_tokens",
+    ),
+    "a schedule without its share": (["method={name='mix', phased={end=0.3}}"], "method.phased.share: missing"),
+    "one answer written many times": (
+        ["method={name='sgopd'}", "teacher.temperature=0"],
+        "teacher.temperature = 0",
+        "or ask once",
+    ),
+    "a horizon for verdicts": (
+        ["-teacher", "method.name=grpo", "rollouts={group=2, horizon={start=8}}"],
+        "rollouts.horizon",
+        "learns from verdicts",
+    ),
+    "a horizon for the teacher's answers": (["method={name='sgopd'}", "rollouts.horizon={start=8}"], "(phased)"),
+    "a sign kept of nothing": (["method={name='sgopd', keep_sign=true}"], "keep_sign", "start"),
+    "a gate that never opens": (["method={name='sgopd', margin=10}"], "margin = 10.0", "limit = 10.0"),
+    "a field of [reference] without effect": (
+        ["method={name='exopd', reference='base'}", "reference={path='lab/teacher', temperature=0.5}"],
+        "reference.temperature",
+        "there is no field",
+    ),
+    "selection without scores": (
+        ["method={name='grpo', phased={share=0.5, loss='topk'}}", "rollouts.group=2", "select={by='divergence'}"],
+        "select.by = 'divergence'",
+    ),
+    "shuffled with itself": (
+        [
+            "method={name='omniopd', chunk_length=4}",
+            "teacher={path='lab/teacher', shuffled=true}",
+            "rollouts.prompts=1",
+        ],
+        "rollouts.prompts = 1",
     ),
     "a teacher for grpo": (["method.name=grpo", "rollouts.group=2"], "asks no teacher", "Remove the table"),
     "examples without a teacher": (

@@ -25,6 +25,7 @@ METHODS = ("opd", "sampled_kl", "sft", "omniopd", "sgopd", "grpo", "reopold")
 """Every way of spending, asking and scheduling; the other methods differ in one line of credit."""
 KINDS = {name: OVERRIDES[name] for name in METHODS} | {
     "reopold": (*OVERRIDES["reopold"], "budget.rollout_tokens=800"),
+    "opd, projected": ("projection={from='self', k=4, mode='coord', at=0.3}", "geometry={every=2, most=9.0}"),
     "opd with lora": (*OVERRIDES["opd"], LORA),
     "omniopd with lora": (*OVERRIDES["omniopd"], LORA),
     "opd in micro-batches, cosine": ("learner={micro_batch=3, schedule='cosine', warmup=2}", "rollouts.group=2"),

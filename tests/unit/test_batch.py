@@ -57,7 +57,9 @@ def test_teacher_rows_are_padded_with_real_numbers() -> None:
 def test_what_only_some_rows_have_is_nothing_on_the_others() -> None:
     """Answers of the teacher among the student's: no old log-probs, and nobody asked about them."""
     logp, ids = torch.randn(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    batch = collate([target(1, old=False), target(2, teacher_ids=ids, teacher_logp=logp, imitate=torch.tensor([0.5, 0.0]))])
+    batch = collate(
+        [target(1, old=False), target(2, teacher_ids=ids, teacher_logp=logp, imitate=torch.tensor([0.5, 0.0]))]
+    )
     assert batch.old_logp.tolist() == [[0, 0], [-1, -2]]
     assert batch.teacher_ids is not None
     assert batch.teacher_logp is not None
@@ -95,4 +97,6 @@ def test_info_is_averaged_over_the_tokens_it_applies_to() -> None:
     b = target(1, info={"kl": torch.tensor([6.0]), "chunk": torch.tensor([nan])})
     assert info_means([a, b]) == {"kl": 3, "chunk": 4}
     assert info_means([b]) == {"kl": 6}
+    sizes = target(3, info={"term_rms": torch.tensor([1.0, -7.0, nan])})
+    assert info_means([sizes]) == {"term_rms": 5}
     assert info_means([target(1)]) == {}

@@ -163,7 +163,12 @@ def test_omniopd_is_equation_8():
 def audited_target(texts=("ab", "ax"), method=None):
     method = method or OmniOPD(chunks=1, chunk_length=2, continuations=2, similarity="edit", alpha=1.0, beta=0.1)
     written = rollout(
-        THETA, (0, 1), response_ids=(0, 1, 2), pieces=("a", "b", "c"), old_logp=(-1.0, -3.0, -1.0), entropy=(2.0, 1.0, 0.0)
+        THETA,
+        (0, 1),
+        response_ids=(0, 1, 2),
+        pieces=("a", "b", "c"),
+        old_logp=(-1.0, -3.0, -1.0),
+        entropy=(2.0, 1.0, 0.0),
     )
     [ask] = method.asks(written)
     said = Feedback(ask=ask, teacher="t", texts=texts)
@@ -202,7 +207,9 @@ def test_omniopd_divides_both_terms_by_one_count():
 
 def test_omniopd_at_the_reference_has_no_drift():
     silent = OMNI.model_copy(update={"alpha": 0.0})
-    none = expected_gradient(silent, THETA, lambda ask: Feedback(ask=ask, teacher="t", texts=("?", "?")), reference=THETA)
+    none = expected_gradient(
+        silent, THETA, lambda ask: Feedback(ask=ask, teacher="t", texts=("?", "?")), reference=THETA
+    )
     assert none.abs().max() < 1e-9  # k_sem = 0 and alpha = 0 leave only the KL term, and it is at its minimum
 
 

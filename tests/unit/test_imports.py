@@ -16,10 +16,10 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "reasoning_gym", "math_ver
 LAYERS = [
     {"errors", "seeds", "logged"},
     {"types"},
-    {"divergence", "credit", "chunks", "phased", "similarity", "chat", "metrics", "run", "geometry"},
+    {"divergence", "credit", "chunks", "phased", "similarity", "chat", "metrics", "run", "ledger"},
     {"batch", "select", "verifiers", "tasks", "lab"},
     {"methods", "decode", "models", "teachers", "samplers", "registry", "catalogue", "config"},
-    {"learners", "evaluate", "record", "spent", "stop", "report", "progress"},
+    {"learners", "geometry", "evaluate", "record", "spent", "stop", "report", "progress"},
     {"build"},
     {"loop"},
     {"comparison", "demo", "doctor", "cli"},
@@ -110,7 +110,10 @@ def test_methods_know_no_back_end():
             assert not known & {"models", "decode", "teachers", "samplers", "learners", "config", "loop", "batch"}, (
                 module
             )
-            others = {name for name in ours(path) if name.startswith("methods.")} - {"methods.base", "methods.token_credit"}
+            others = {name for name in ours(path) if name.startswith("methods.")} - {
+                "methods.base",
+                "methods.token_credit",
+            }
             assert not others, f"{module} imports another method: {others}"
 
 

@@ -39,7 +39,13 @@ def test_the_schedule_by_hand():
 
 def test_phases_out_of_order_are_refused():
     with pytest.raises(ValidationError, match=r"flat = 0\.5 lies behind end = 0\.2"):
-        Phased(flat=0.5, end=0.2)
+        Phased(share=1.0, flat=0.5, end=0.2)
+
+
+def test_a_half_prompt_is_a_prompt():
+    """Python rounds 0.5 to 0 and 1.5 to 2."""
+    for share_, prompts in ((0.125, 1), (0.25, 1), (0.375, 2), (0.5, 2)):
+        assert len(drawn(Phased(share=share_, tries=1), "bc")[2].asked) == prompts
 
 
 class Writer:
@@ -119,6 +125,7 @@ def test_rejected_tries_are_paid_for_and_counted_once(texts):
     for group in groups[:2]:
         assert sum(r.usage.written for r in group) == 4
         assert sum(r.tries for r in group) == 2
+        assert sum(r.right for r in group) == texts.count("bc")
     assert all(r.usage == Usage() and r.tries == 0 for group in groups[2:] for r in group)
 
 

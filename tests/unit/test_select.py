@@ -49,21 +49,42 @@ def test_the_tokens_teacher_and_student_differ_most_about():
     assert kept([target([0.0] * 4, [-2.0, 0.0, -1.0, -4.0])], "divergence", 0.5) == [[0, 1, 0, 1]]
 
 
+def test_the_tokens_the_student_is_too_sure_of():
+    assert kept([target([0.0] * 4, [-2.0, 0.0, -1.0, -4.0])], "gap", 0.5) == [[1, 0, 0, 1]]  # -d = 1, -1, 0, 3
+
+
+def test_every_answer_keeps_its_share():
+    a, b = target([0.1, 0.2, 0.3, 0.4]), target([0.8, 0.9])
+    assert kept([a, b], "entropy", 0.5) == [[0, 0, 0, 1], [1, 1]]
+    assert [t.weight.tolist() for t in select([a, b], "entropy", 0.5, "answer")] == [[0, 0, 1, 1], [0, 1]]
+
+
 def test_tip_takes_the_uncertain_and_the_overconfident():
     entropy = [1.0, 0.0, 0.0, 0.5]
     teacher = [-1.0, -9.0, -1.0, -1.0]  # only the second is a disagreement
     assert kept([target(entropy, teacher)], "tip", 0.5) == [[1, 1, 0, 0]]
-    h, d = 0.5 / 0.94, 0.0  # the 98th percentile of four numbers lies between the last two: 0.5 + 0.94 * 0.5
-    assert h + d - h * d < 1
 
 
 def test_tip_is_the_soft_or_of_both():
     h, teacher = [0.4, 0.6, 0.0, 1.0, 0.0], [0.0, -2.0, -1.0, -1.0, -30.0]
     k3 = [math.exp(1) - 2, math.exp(-1), 0, 0, math.exp(-10) + 9]
-    top_h, top_d = torch.tensor(h).quantile(0.98).item(), torch.tensor(k3).quantile(0.98).item()
-    score = [(a := min(x, top_h) / top_h) + (b := min(y, top_d) / top_d) - a * b for x, y in zip(h, k3, strict=True)]
+    score = [(a := x / max(h)) + (b := y / max(k3)) - a * b for x, y in zip(h, k3, strict=True)]
     best = sorted(range(5), key=lambda i: -score[i])[:3]
     assert kept([target(h, teacher)], "tip", 0.6) == [[float(i in best) for i in range(5)]]
+
+
+def test_an_outlier_does_not_decide_the_scale():
+    """Of 100 tokens the two largest divergences count as the third largest."""
+    teacher = [-1.0 - 0.02 * i for i in range(98)] + [-40.0, -50.0]
+    one = kept([target([0.0] * 100, teacher)], "tip", 0.1)
+    assert [i for i, w in enumerate(one[0]) if w] == list(range(90, 100))
+
+
+def test_rows_of_the_teacher_do_not_move_the_scale_of_tip():
+    t = target([0.9, 0.5, 0.7, 0.6], [-1.2, -1.9, -1.1, -3.0])
+    theirs = Target(source=Reviewed(rollout=target([0.0] * 9).rollout), weight=torch.zeros(9), imitate=torch.ones(9))
+    for keep in (0.3, 0.5, 0.8):
+        assert kept([t], "tip", keep)[0] == kept([theirs, t], "tip", keep)[1]
 
 
 def test_chance_depends_on_the_seed_alone():
@@ -73,7 +94,7 @@ def test_chance_depends_on_the_seed_alone():
     assert sum(one[0]) == 10
 
 
-@pytest.mark.parametrize("by", ["entropy", "divergence", "tip", "random"])
+@pytest.mark.parametrize("by", ["entropy", "divergence", "gap", "tip", "random"])
 @settings(derandomize=True, database=None, max_examples=30)
 @given(
     st.lists(st.lists(st.floats(0, 5, width=16), min_size=1, max_size=6), min_size=1, max_size=4), st.floats(0.01, 0.99)

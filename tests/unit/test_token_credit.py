@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,6 +125,9 @@ def opdvr(s: float, t: float, _: float, rewards: Sequence[float], i: int) -> flo
     return z * max(z * (t - s), 0)
 
 
+FLOOR = math.log(0.3 / 0.7)
+
+
 CASES: dict[str, tuple[TokenCredit, int, Credit]] = {
     "sampled_kl": (SampledKL(), 1, lambda s, t, *_: t - s),
     "sgopd, scaled": (SGOPD(lam=1.8, beta=0.3, phased=ALONE), 2, gated(1.8, 0.3)),
@@ -143,6 +147,8 @@ CASES: dict[str, tuple[TokenCredit, int, Credit]] = {
     "grpd": (GRPD(), 2, grpd),
     "rlsd": (RLSD(), 2, rlsd),
     "poweropd": (PowerOPD(alpha=0.5), 1, lambda s, t, *_: math.exp(0.5 * t) - math.exp(0.5 * s)),
+    "reopold, phase 1": (REOPOLD(lam=0.3, switch=1), 1, lambda s, t, *_: (t - s) * (t - s >= FLOOR)),
+    "reopold, phase 2": (REOPOLD(lam=0.3, switch=0, keep=1.0), 1, lambda s, t, *_: max(t - s, FLOOR)),
     "grpo": (GRPO(), 2, lambda s, t, _, rewards, i: normal(rewards, i)),
     "mix": (Mix(alpha=0.3), 2, lambda s, t, _, rewards, i: 0.3 * (t - s) + 0.7 * normal(rewards, i)),
 }
@@ -152,6 +158,19 @@ CASES: dict[str, tuple[TokenCredit, int, Credit]] = {
 def test_the_gradient_is_that_of_the_stated_credit(name):
     method, size, credit = CASES[name]
     close(gradient(method, size), stated(credit, size))
+
+
+def test_the_gradient_of_r2opd_whose_weights_depend_on_the_whole_answer():
+    theta = THETA.clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for y in ANSWERS:
+        d = [(rows(TEACHER, y) - rows(THETA, y))[t, y[t]].item() for t in range(T)]
+        nu = min(map(abs, d))  # torch's median of two numbers is the smaller one
+        w = [1 / (1 + math.exp(-2.0 * signed(right(y)) * x / nu)) for x in d]
+        z = sum(map(abs, d)) / sum(a * abs(x) for a, x in zip(w, d, strict=True))
+        for t in range(T):
+            total = total - probability(THETA, y).item() * z * w[t] * d[t] * rows(theta, y)[t, y[t]]
+    close(gradient(R2OPD(beta=2.0), 1), torch.autograd.grad(total, theta)[0])
 
 
 # --- objectives in closed form --------------------------------------------------------------------------------------
@@ -428,7 +447,9 @@ def taught(method: TokenCredit, ys: Sequence[tuple[int, ...]], theirs: Sequence[
     return loss, metrics, torch.autograd.grad(loss, theta)[0]
 
 
-@pytest.mark.parametrize("method", [SGOPD(), Mix(alpha=0.5, phased=Phased()), GRPO(phased=Phased(weight=0.5))])
+@pytest.mark.parametrize(
+    "method", [SGOPD(), Mix(alpha=0.5, phased=Phased(share=0.5)), GRPO(phased=Phased(share=0.5, weight=0.5))]
+)
 def test_teacher_answers_are_learnt_by_likelihood_alone(method):
     theirs = [(1, 1), (0, 2)]
     loss, metrics, got = taught(method, YS, theirs)
@@ -443,7 +464,7 @@ def test_teacher_answers_are_learnt_by_likelihood_alone(method):
 
 def test_teacher_answers_do_not_enter_the_statistics_of_the_group():
     """A right teacher answer among wrong ones would make every student answer look worse than it is."""
-    method = GRPO(phased=Phased())
+    method = GRPO(phased=Phased(share=0.5))
     r = rollout(TEACHER, (1, 1), author="teacher", old_logp=None, entropy=None, sample=9, verdict=1.0)
     wrong = [reviewed(method, y, i, verdict=0.0) for i, y in enumerate(YS)]
     targets = method.targets([*wrong, Reviewed(rollout=r)])
@@ -452,7 +473,7 @@ def test_teacher_answers_do_not_enter_the_statistics_of_the_group():
 
 
 def test_teacher_answers_by_top_k_forward_divergence():
-    method = SGOPD(phased=Phased(loss="topk", top_k=V - 1, weight=2.0))
+    method = SGOPD(phased=Phased(share=0.5, loss="topk", top_k=V - 1, weight=2.0))
     loss, _, _ = taught(method, [], [(1, 1)])
     want = 2.0 * forward_kl(rows(THETA, (1, 1)), rows(TEACHER, (1, 1))).sum() / T  # the last token is the rest
     torch.testing.assert_close(loss, want, atol=1e-6, rtol=1e-6)
@@ -465,7 +486,7 @@ def test_a_batch_of_nothing_but_teacher_answers_is_sft():
 
 
 def test_a_given_prefix_is_imitated_and_what_follows_is_corrected():
-    method = SGOPD(phased=Phased(mode="prefix", weight=0.5))
+    method = SGOPD(phased=Phased(share=0.5, mode="prefix", weight=0.5))
     plain = reviewed(method, (2, 1))
     r = Rollout(**{n: getattr(plain.rollout, n) for n in Rollout.__slots__} | {"guided": 1})
     r = rollout(THETA, (2, 1), guided=1, old_logp=(0.0, r.old_logp[1]), verdict=1.0)
@@ -478,6 +499,35 @@ def test_a_given_prefix_is_imitated_and_what_follows_is_corrected():
     assert target.advantage[1] == credits(kind, [(2, 1)], [1.0])[1]
     assert free.imitate is None
     assert target.info["teacher_kl"].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SGOPD(gate="random", sign="outcome", phased=Phased(share=0.5, mode="prefix")),
+        R2OPD(beta=2.0, phased=Phased(share=0.5, mode="prefix")),
+        REOPOLD(switch=0, keep=0.5, phased=Phased(share=0.5, mode="prefix")),
+        SampledKL(gamma=0.5, phased=Phased(share=0.5, mode="prefix")),
+    ],
+)
+def test_a_given_prefix_is_no_evidence_about_the_student(method):
+    """Credit that looks at a whole answer sees the same with and without what the teacher put in front."""
+    rest: dict[str, Any] = {"old_logp": (-1.0, -2.0, -0.5, -3.0), "entropy": (0.4, 0.1, 0.9, 0.2)}
+    scores = [-0.5, -4.0, -0.6, -1.0]
+    alone = by_hand(method, list(rest["old_logp"]), scores, **rest, seed=5)
+    front = {name: (0.0,) * 3 + values for name, values in rest.items()}
+    behind = by_hand(method, list(front["old_logp"]), [-0.01] * 3 + scores, **front, seed=5, guided=3)
+    assert behind == [0, 0, 0, *alone]
+    assert any(alone)
+
+
+def test_a_mean_over_answers_counts_the_tokens_that_were_selected():
+    method = SampledKL(mean="sequence")
+    [target] = method.targets([reviewed(method, (2, 1))])
+    chosen = replace(target, weight=torch.tensor([0.0, 1.0]))
+    theta = THETA.clone().requires_grad_()
+    loss, _ = method.loss(Tabular(theta, [(2, 1)]), double(collate([chosen])))
+    assert loss.item() == pytest.approx(-target.advantage[1].item())
 
 
 def test_what_is_logged_about_agreement():

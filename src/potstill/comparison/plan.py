@@ -174,12 +174,14 @@ def _is_table(field: str) -> bool:
 
 def _tables() -> set[str]:
     """The names of the tables of a recipe."""
-    out: set[str] = set()
-    for name, field in config.Config.model_fields.items():
-        kinds = get_args(field.annotation) or (field.annotation,)
-        if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
-            out.add(name)
-    return out
+    return {name for name, field in config.Config.model_fields.items() if _holds_table(field.annotation)}
+
+
+def _holds_table(annotation: Any) -> bool:
+    """Whether a type is a table or a choice that has one, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return any(_holds_table(part) for part in get_args(annotation))
 
 
 def _check_override(override: str, budgeted: bool) -> None:

@@ -43,7 +43,8 @@ class Comparison:
         f = self.figures
         scores = Table("", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         costs = Table("", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption(f))
-        for table, columns in ((scores, f["measures"]), (costs, [f"{f['main']} - {f['against']}", *COSTS.values()])):
+        heads = [f"{f['main']} -\n{f['against']}", *[name.replace(" ", "\n") for name in COSTS.values()]]
+        for table, columns in ((scores, f["measures"]), (costs, heads)):
             table.columns[0].overflow = "fold"  # a long label; never a number
             for column in columns:
                 table.add_column(column, justify="right", no_wrap=True)

@@ -5,6 +5,7 @@ Distillation", arXiv:2606.07082).
     angles     rotation of the weights' subspaces      spectrum   drift of the weights' singular values
     update     shape of dW: stable rank, Hill, ...     subspace   does dW keep its directions
     nulls      random updates to compare with          floors     the same by formula
+    measure    all of it for W0 and a row of checkpoints: what `potstill geometry` does
 
 Matrices are torch tensors [m, n] = [out, in] on any device; spectral arithmetic is double throughout.
 """
@@ -27,6 +28,7 @@ from potstill.geometry.masks import (
     overlap_with,
     weight_masks,
 )
+from potstill.geometry.measure import Geometry, measure
 from potstill.geometry.nulls import (
     Against,
     against,
@@ -65,6 +67,7 @@ __all__ = [
     "Against",
     "Agreement",
     "Decomposition",
+    "Geometry",
     "MaskOverlap",
     "Overlap",
     "Rotation",
@@ -92,6 +95,7 @@ __all__ = [
     "isotropic_update",
     "mask_jaccard",
     "mask_overlap",
+    "measure",
     "noise_trajectory",
     "overlap_null",
     "overlap_with",

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from potstill.batch import collate, count_tokens, moved
 from potstill.config import Learner as LearnerConfig
-from potstill.config import LoRA
+from potstill.config import LoRA, Projection
 from potstill.errors import CheckpointError, ConfigError, TrainingError
+from potstill.learners.subspace import Subspace, second_moments
 from potstill.methods.base import Method
 from potstill.models import Loaded
 from potstill.seeds import derive
 from potstill.types import Batch, Target
 
+FIRST = ("mismatch",)
+"""Of the first update alone, while learner and sampler have the same weights."""
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -97,6 +100,7 @@ class LocalLearner:
         seed: int,
         reference: bool,
         lora: LoRA | None,
+        projection: Projection | None = None,
     ):
         self.tokens, self.config, self.steps, self.seed = loaded.tokens, config, steps, seed
         self.model, self.lora = loaded.model, lora
@@ -109,6 +113,7 @@ class LocalLearner:
             self._initial = copy.deepcopy(loaded.model) if reference else None
             self._base = contextlib.nullcontext
             self.model.requires_grad_(True)
+        self.subspace = Subspace(projection, self.model, seed) if projection else None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -142,11 +147,44 @@ class LocalLearner:
         rate, rows = self.rate(step, done), []
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.subspace and not self.subspace.bases and done >= self.subspace.config.at:
+            self._confine(targets)
         for update in range(self.config.updates):
             rows.append(self._gradient(targets, method, step, update))
-            self.optimizer.step()
+            self._step()
         joined = {n: (max if n.endswith("_max") else fmean)(row[n] for row in rows) for n in rows[0]}
+        joined |= {name: rows[0][name] for name in FIRST if name in rows[0]}
+        if self.subspace and self.subspace.bases:
+            joined["projection/inside"] = self.subspace.inside_share()
         return joined | {"lr": rate, "trained_tokens": count_tokens(targets)}
+
+    def _step(self) -> None:
+        if self.subspace is None:
+            return self.optimizer.step()
+        before = {n: w.detach().clone() for n, w in self.subspace.weights.items()}
+        self.optimizer.step()
+        return self.subspace.project_step(before)
+
+    def _confine(self, targets: Sequence[Target]) -> None:
+        """From now on updates stay in a subspace; this batch shows the layers' inputs where the basis is of them."""
+        assert self.subspace is not None
+        texts = [torch.tensor([[*t.rollout.prompt_ids, *t.rollout.response_ids]]) for t in targets]
+
+        def forward() -> Iterator[None]:
+            for ids in texts:
+                with torch.no_grad():
+                    self.model(input_ids=ids.to(self.model.device), use_cache=False)
+                yield
+
+        of_inputs = self.subspace.config.basis == "inputs"
+        self.subspace.begin(second_moments(self.subspace.layers, forward()) if of_inputs else {})
+        self._add_inside()
+
+    def _add_inside(self) -> None:
+        """Give the coordinates within the subspace to the optimiser; they decay towards nothing."""
+        assert self.subspace is not None
+        if self.subspace.inside:
+            self.optimizer.add_param_group({"params": list(self.subspace.inside.values()), "weight_decay": 0.0})
 
     def _gradient(self, targets: Sequence[Target], method: Method, step: int, update: int) -> dict[str, float]:
         """Loss and gradient of all targets.
@@ -167,9 +205,10 @@ class LocalLearner:
                 join = max if name.endswith("_max") else float.__add__
                 metrics[name] = join(metrics.get(name, 0.0), value.item())
         self._adapter_dropout(False)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.optimizer.param_groups[0]["params"], self.config.clip or float("inf")
-        )
+        if self.subspace:
+            self.subspace.project_gradients()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.clip or float("inf"))
         metrics["grad_norm"] = norm.item()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
@@ -210,6 +249,8 @@ class LocalLearner:
             merged = copy.deepcopy(self.model).merge_and_unload()
         else:
             merged = self.model
+        if self.subspace:
+            state["projection"] = self.subspace.state()
         merged.generation_config.eos_token_id = list(self.tokens.eos)  # what ends a response, for whoever loads it
         merged.save_pretrained(folder)
         self.tokens.tokenizer.save_pretrained(folder)
@@ -232,6 +273,9 @@ class LocalLearner:
                 if missing or not weights:
                     raise KeyError(f"no weights for {sorted(missing)[:1]}")
                 self.model.load_state_dict(weights, strict=False)
+            if self.subspace:
+                self.subspace.restore(state["projection"])
+                self._add_inside()
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:
             raise CheckpointError(

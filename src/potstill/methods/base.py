@@ -83,6 +83,11 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         return None
 
     @property
+    def corrects(self) -> bool:
+        """Whether the teacher is asked about every answer it is to correct, however far the run is."""
+        return self.wants > Wants.NOTHING
+
+    @property
     def teacherless(self) -> bool:
         """Whether nobody is asked anything."""
         return self.wants is Wants.NOTHING and self.author != "teacher" and self.examples is None

@@ -1,9 +1,10 @@
 """OPDVR against the other answers to the prompt: agreement, weighted by the advantage (GRPD, arXiv:2608.24696).
 
-d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)
-A_i = R_i - mean R over the answers to the prompt            R: the verifier's score; no division by std R
-A_t = |A_i| s max(s d_t, 0),   s = sign A_i
-L as in methods/token_credit.py
+    d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)
+    A_i = R_i - mean R over the answers to the prompt            R: the verifier's score; no division by std R
+    A_t = |A_i| s max(s d_t, 0),   s = sign A_i
+
+The loss is that of methods/token_credit.py.
 """
 
 from collections.abc import Sequence

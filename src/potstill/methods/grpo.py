@@ -2,7 +2,7 @@
 
     A_i = (R_i - mean R) / std R over the answers to the prompt  R: the verifier's score; `std` off: no division
     A_t = A_i
-    L as in methods/token_credit.py, + kl / N sum_t k_t
+    L as in methods/token_credit.py, + kl times the same mean of k_t
     k_t = exp(x) - x - 1,   x = log pi_ref(y_t | h_t) - log pi_theta(y_t | h_t)          pi_ref: the initial student
 
 Where all answers to a prompt score alike A_i is 0 and nothing is learnt from them; `rollouts.resample` asks other prompts
@@ -57,6 +57,5 @@ class GRPO(TokenCredit):
         if not self.kl:
             return loss, metrics
         x = policy.reference.logp(batch.labels) - policy.logp(batch.labels)
-        divisor = batch.n_tokens if self.mean == "token" else batch.n_rollouts
-        drift = (batch.weight * (x.exp() - x - 1)).sum() / divisor
+        drift = self.averaged(batch.weight * (x.exp() - x - 1), batch)
         return loss + self.kl * drift, metrics | {"start_kl": drift.detach()}

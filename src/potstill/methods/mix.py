@@ -11,6 +11,7 @@ alpha = 1 is `sampled_kl`, alpha = 0 is `grpo`, to the bit.
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -44,3 +45,8 @@ class Mix(TokenCredit):
     def credit(self, e: Evidence) -> PerToken:
         """A_t."""
         return self.alpha * e.d + (1 - self.alpha) * e.advantage
+
+    def info(self, e: Evidence, worth: PerToken) -> dict[str, PerToken]:
+        """How large the two terms are: alpha weighs their sizes as well as their directions."""
+        verifier = torch.full_like(e.d, (1 - self.alpha) * e.advantage)
+        return super().info(e, worth) | {"term/teacher_rms": self.alpha * e.d, "term/verifier_rms": verifier}

@@ -2,8 +2,7 @@
 
     d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)
     z   = 2 R - 1                                               R: the verifier's score
-    nu  = max(median |d|, eps)
-    w_t = sigmoid(beta z d_t / nu)
+    w_t = sigmoid(beta z d_t / nu),   nu = max(median |d|, eps)
     A_t = Z w_t d_t,   Z = sum |d| / sum w |d|                   Z keeps the size of the whole
     L as in methods/token_credit.py
 

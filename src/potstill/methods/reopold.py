@@ -1,10 +1,9 @@
 """A floor under the teacher's signal, then only uncertain tokens (REOPOLD, arXiv:2603.11137).
 
     d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)
-    floor = log(lam / (1 - lam))
-    A_t = max(d_t, floor) m_t
-    m_t = 1 if d_t >= floor, else 0                                          before step `switch`
-        = 1 if H_t is among the `keep` share of largest entropies, else 0    from then on
+    A_t = max(d_t, floor) m_t,   floor = log(lam / (1 - lam))
+    m_t = 1 if d_t >= floor, else 0                                          up to step `switch`
+    m_t = 1 if H_t is among the `keep` share of largest entropies, else 0    from then on
     L as in methods/token_credit.py
 
 H_t is the entropy of the distribution that produced y_t; shares are taken over the tokens of one answer here, the paper
@@ -44,7 +43,6 @@ class REOPOLD(TokenCredit):
         if e.rollout.policy_version < self.switch:
             learns = e.d >= floor
         else:
-            h = torch.tensor(e.rollout.entropy)
-            learns = torch.zeros_like(h, dtype=torch.bool)
-            learns[h.topk(math.ceil(self.keep * len(h))).indices] = True
+            learns = torch.zeros_like(e.entropy, dtype=torch.bool)
+            learns[e.entropy.topk(math.ceil(self.keep * len(e.entropy))).indices] = True
         return e.d.clamp(min=floor) * learns

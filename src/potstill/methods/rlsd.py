@@ -1,9 +1,10 @@
 """The verifier says which way, the teacher how far (RLSD, arXiv:2604.03128).
 
-d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)
-A_i = (R_i - mean R) / std R over the answers to the prompt  R: the verifier's score
-A_t = A_i clip(exp(sign(A_i) d_t), 1 - width, 1 + width)
-L as in methods/token_credit.py
+    d_t = log pi_T(y_t | h_t) - log pi_old(y_t | h_t)
+    A_i = (R_i - mean R) / std R over the answers to the prompt  R: the verifier's score
+    A_t = A_i clip(exp(sign(A_i) d_t), 1 - width, 1 + width)
+
+The loss is that of methods/token_credit.py.
 """
 
 from collections.abc import Sequence

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from potstill.credit import PerToken, extrapolated, group_advantage, outcome, sign_gate
@@ -56,8 +56,16 @@ class SGOPD(TokenCredit):
     """w, of the verifier's own credit."""
     gate: Literal["sign", "inverse", "random"] = "sign"
     """Controls: `inverse` swaps agreement and disagreement; `random` shuffles the gate among the tokens of an answer."""
-    phased: Phased = Phased()
+    phased: Phased = Phased(share=0.5)
     """Verified teacher answers at the start of the run; `phased.share` = 0: the gate alone."""
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> "SGOPD":
+        if self.keep_sign and self.reference == "none":
+            raise ValueError('keep_sign is about the term of a reference, but reference = "none". Set it to "start"')
+        if self.margin >= self.limit:
+            raise ValueError(f"margin = {self.margin} is not below limit = {self.limit}, so the gate would never open")
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -3,11 +3,12 @@
     r_t = pi_theta(y_t | h_t) / pi_old(y_t | h_t)
     l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high))       A_t >= 0     PPO, arXiv:1707.06347
         = min(that, -A_t dual_clip)                                        A_t < 0      arXiv:1912.09729
-    L   = 1/N sum_t l_t                                   N = tokens of the whole batch (`mean` = "token")
-        = 1/R sum_i 1/T_i sum_t l_t                       R = answers of the whole batch (`mean` = "sequence")
-    L  += mu / N sum over the teacher's own tokens of -log pi_theta(y_t | h_t)                  (`phased`)
+        = -mu log pi_theta(y_t | h_t)                     on tokens that the teacher wrote (`phased`)
+    L   = 1/N sum_t l_t                                   N = trained tokens of the whole batch (`mean` = "token")
+        = 1/R sum_i 1/T_i sum_t l_t                       R = answers, T_i = trained tokens of one (`mean` = "sequence")
 
-With one update per batch (`learner.updates` = 1) r_t is 1 but for rounding, and the clip never acts.
+With one update per batch (`learner.updates` = 1), float32 and no dropout r_t is 1 but for rounding, and the clip never
+acts. Updates are over the whole batch; it is not split into minibatches.
 """
 
 from abc import abstractmethod
@@ -24,12 +25,12 @@ from potstill.credit import PerToken, agrees
 from potstill.divergence import forward_kl, with_rest
 from potstill.methods.base import Method, Metrics, Need, Policy, whole
 from potstill.phased import Phased
-from potstill.types import Ask, Batch, Reviewed, Rollout, Target, Wants
+from potstill.types import Ask, Batch, Feedback, Reviewed, Rollout, Target, Wants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """All that is known about one of the student's answers. Log-probs in nats; what nobody was asked for is 0."""
+    """All that is known about what the student wrote of an answer. In nats; what nobody was asked for is 0."""
 
     rollout: Rollout
     advantage: float
@@ -40,6 +41,8 @@ class Evidence:
     """teacher_logp - old_logp, at most `limit` in size."""
     gap: PerToken
     """teacher_logp - ref_logp, at most `limit` in size."""
+    entropy: PerToken
+    """Of the distribution that produced the token."""
 
 
 class TokenCredit(Method):
@@ -76,9 +79,16 @@ class TokenCredit(Method):
         needs: set[Need] = set()
         if self.examples:
             needs.add("verdict")
+        if self.examples and self.examples.tries > 1:
+            needs.add("variety")
         if self.refers_to == "start":
             needs.add("reference")
         return frozenset(needs)
+
+    @property
+    def corrects(self) -> bool:
+        """As long as its scores enter; for its own answers it is asked only while there are some."""
+        return self.scores
 
     @property
     def examples(self) -> Phased | None:
@@ -88,12 +98,11 @@ class TokenCredit(Method):
     def asks(self, rollout: Rollout) -> list[Ask]:
         """How likely was every token of the student? What else would the teacher have written in its own answer?"""
         asks: list[Ask] = []
-        by_student = rollout.author == "student"
-        if self.phased.loss == "topk" and (not by_student or rollout.guided):
+        if self.phased.loss == "topk" and (_example(rollout) or rollout.guided):
             asks += whole(rollout, Wants.TOPK, k=self.phased.top_k)
-        elif by_student and self.scores:
+        elif self.scores and not _example(rollout):
             asks += whole(rollout, Wants.SAMPLED)
-        if by_student and self.refers_to:
+        if self.refers_to and not _example(rollout):
             asks += whole(rollout, Wants.SAMPLED, of="reference")
         return asks
 
@@ -107,54 +116,65 @@ class TokenCredit(Method):
 
     def targets(self, group: Sequence[Reviewed]) -> list[Target]:
         """A_t on the student's tokens, likelihood on the teacher's."""
-        mine = [r for r in group if r.rollout.author == "student"]
+        mine = [r for r in group if not _example(r.rollout)]
         advantages = self.advantages([r.rollout.verdict for r in mine])
         known = [(r, a.item()) for r, a in zip(mine, advantages, strict=True) if r.rollout.response_ids]
-        theirs = [r for r in group if r.rollout.author != "student" and r.rollout.response_ids]
+        theirs = [r for r in group if _example(r.rollout) and r.rollout.response_ids]
         return [self._corrected(r, a) for r, a in known] + [self._imitated(r) for r in theirs]
 
     def evidence(self, r: Reviewed, advantage: float) -> Evidence:
-        """What was said about an answer, in one place."""
+        """What was said about an answer, in one place; a beginning that the teacher wrote is left out."""
+        own = slice(r.rollout.guided, None)
         assert r.rollout.old_logp is not None
-        old = torch.tensor(r.rollout.old_logp)
-        teacher, reference = r.said(), r.said("reference")
-        scores = torch.zeros_like(old) if teacher is None else torch.from_numpy(teacher.sampled)
-        gap = torch.zeros_like(old) if reference is None else scores - torch.from_numpy(reference.sampled)
+        old = torch.tensor(r.rollout.old_logp[own])
+
+        def said(feedback: Feedback | None) -> PerToken | None:
+            return None if feedback is None or feedback.sampled is None else torch.from_numpy(feedback.sampled[own])
+
+        def ratio(a: PerToken | None, b: PerToken | None) -> PerToken:
+            return torch.zeros_like(old) if a is None or b is None else (a - b).clamp(-self.limit, self.limit)
+
+        teacher, reference = said(r.said()), said(r.said("reference"))
         return Evidence(
             rollout=r.rollout,
             advantage=advantage,
             old_logp=old,
-            teacher_logp=scores,
-            d=torch.zeros_like(old) if teacher is None else (scores - old).clamp(-self.limit, self.limit),
-            gap=gap.clamp(-self.limit, self.limit),
+            teacher_logp=torch.zeros_like(old) if teacher is None else teacher,
+            d=ratio(teacher, old),
+            gap=ratio(teacher, reference),
+            entropy=torch.zeros_like(old) if r.rollout.entropy is None else torch.tensor(r.rollout.entropy[own]),
         )
 
     def _corrected(self, r: Reviewed, advantage: float) -> Target:
         e = self.evidence(r, advantage)
-        own = torch.ones_like(e.old_logp)
-        own[: r.rollout.guided] = 0.0
-        share, worth = self._share(r.rollout), self.credit(e)
+        worth = self.credit(e)
+        given = r.rollout.guided
+
+        def behind(values: PerToken, fill: float) -> Float[Tensor, " whole"]:
+            return torch.cat([values.new_full((given,), fill), values])
+
         ids, logp = _top(r)
         return Target(
             source=r,
-            weight=own * share,
-            advantage=worth * own,
-            imitate=(1 - own) * share * self.phased.weight if r.rollout.guided else None,
-            info={name: torch.where(own > 0, v, torch.nan) for name, v in self.info(e, worth).items()},
+            weight=behind(torch.ones_like(worth), 0.0),
+            advantage=behind(worth, 0.0),
+            imitate=behind(torch.zeros_like(worth), self.phased.weight) if given else None,
+            info={name: behind(values, torch.nan) for name, values in self.info(e, worth).items()},
             teacher_ids=ids,
             teacher_logp=logp,
         )
 
     def _imitated(self, r: Reviewed) -> Target:
-        every = torch.ones(len(r.rollout.response_ids))
-        weight = every * self._share(r.rollout) * self.phased.weight
+        nothing = torch.zeros(len(r.rollout.response_ids))
         ids, logp = _top(r)
         return Target(
-            source=r, weight=0 * every, advantage=0 * every, imitate=weight, teacher_ids=ids, teacher_logp=logp
+            source=r,
+            weight=nothing,
+            advantage=nothing,
+            imitate=nothing + self.phased.weight,
+            teacher_ids=ids,
+            teacher_logp=logp,
         )
-
-    def _share(self, rollout: Rollout) -> float:
-        return 1.0 if self.mean == "token" else 1 / len(rollout.response_ids)
 
     def info(self, e: Evidence, worth: PerToken) -> dict[str, PerToken]:
         """What to log of an answer: its credit, d, and where the verifier has a say, how often they agree."""
@@ -182,8 +202,7 @@ class TokenCredit(Method):
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         per_token = torch.maximum(-a * ratio, -a * clipped)
         per_token = torch.where(a < 0, torch.minimum(per_token, -a * self.dual_clip), per_token)
-        divisor = batch.n_tokens if self.mean == "token" else batch.n_rollouts
-        loss = (batch.weight * per_token).sum() / divisor
+        loss = self.averaged(batch.weight * per_token, batch)
         seen = log_ratio.detach()
         metrics: Metrics = {
             "ratio_max": (seen.exp() * mine).max(),
@@ -191,14 +210,26 @@ class TokenCredit(Method):
             "mismatch": seen.abs().sum() / batch.n_tokens,
         }
         if batch.imitate is not None:
-            example = (batch.imitate * self._imitation(policy, batch, logp)).sum() / divisor
+            example = self.averaged(batch.imitate * self._imitation(policy, batch, logp), batch)
             loss, metrics["example_loss"] = loss + example, example.detach()
         return loss, metrics
+
+    def averaged(self, weighted: Float[Tensor, "B T"], batch: Batch) -> Float[Tensor, ""]:
+        """The mean over the trained tokens of the whole batch, or over answers of the mean over theirs."""
+        if self.mean == "token":
+            return weighted.sum() / batch.n_tokens
+        trained = batch.weight != 0 if batch.imitate is None else (batch.weight != 0) | (batch.imitate != 0)
+        return (weighted.sum(1) / trained.sum(1).clamp(min=1)).sum() / batch.n_rollouts
 
     def _imitation(self, policy: Policy, batch: Batch, logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         if batch.teacher_ids is None or batch.teacher_logp is None:
             return -logp
         return forward_kl(with_rest(policy.logp_at(batch.teacher_ids)), with_rest(batch.teacher_logp))
+
+
+def _example(rollout: Rollout) -> bool:
+    """Whether the answer is to be imitated: nobody knows how likely the student found it."""
+    return rollout.old_logp is None
 
 
 def _top(r: Reviewed) -> tuple[Tensor | None, Tensor | None]:

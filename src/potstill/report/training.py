@@ -8,7 +8,7 @@ from potstill.report.charts import Chart, Point, Series, line_chart
 from potstill.report.numbers import finite
 from potstill.run import Row, Run
 
-FIRST = ("verdict", "loss", "entropy", "length", "teacher/written", "teacher/read")
+FIRST = ("verdict", "loss", "entropy", "length", "consensus", "teacher/written", "teacher/read")
 """Shown at once, in this order; the rest is folded away."""
 ADDED_UP = ("teacher/read", "teacher/cached", "teacher/written", "tokens")
 """Logged for each step, drawn as totals since the start: what was spent so far."""

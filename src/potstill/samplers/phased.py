@@ -18,7 +18,7 @@ class PhasedSampler:
     async def sample(self, prompts: Sequence[Prompt], n: int, turn: Turn) -> list[list[Rollout]]:
         """`n` answers to each prompt; fewer where the teacher wrote fewer right ones, which then stand alone."""
         rho = self.how.rho(turn.done)
-        asked = prompts if self.how.mode == "prefix" else prompts[: round(rho * len(prompts))]
+        asked = prompts if self.how.mode == "prefix" else prompts[: int(rho * len(prompts) + 0.5)]
         if rho == 0 or not asked:
             return await self.student.sample(prompts, n, turn)
         written = await self.teacher.sample(asked, self.how.tries, turn)
@@ -29,7 +29,8 @@ class PhasedSampler:
             without = [p for p, group in zip(asked, right, strict=True) if not group] + list(prompts[len(asked) :])
             rest = iter(await self.student.sample(without, n, turn) if without else [])
             groups = [group[:n] or next(rest) for group in right] + list(rest)
-        return [_charged(group, tries) for group, tries in zip(groups, written, strict=False)] + groups[len(written) :]
+        charged = [_charged(*each) for each in zip(groups, written, right, strict=False)]
+        return charged + groups[len(charged) :]
 
     async def _continued(
         self, prompts: Sequence[Prompt], n: int, turn: Turn, right: Sequence[Sequence[Rollout]], rho: float
@@ -45,7 +46,8 @@ class PhasedSampler:
         return r.finish == "stop" and self.verifier(r) == 1 and repetition(r.response_ids) <= self.how.max_repetition
 
 
-def _charged(group: list[Rollout], tries: Sequence[Rollout]) -> list[Rollout]:
+def _charged(group: list[Rollout], tries: Sequence[Rollout], right: Sequence[Rollout]) -> list[Rollout]:
     """All that the teacher wrote for a prompt is paid for, whether it is learnt from or not."""
     cost = sum((r.usage for r in tries), Usage())
-    return [replace(group[0], usage=cost, tries=len(tries)), *(replace(r, usage=Usage()) for r in group[1:])]
+    first = replace(group[0], usage=cost, tries=len(tries), right=len(right))
+    return [first, *(replace(r, usage=Usage()) for r in group[1:])]

@@ -18,5 +18,8 @@ class Teacher(Protocol):
         ...
 
     async def feedback(self, asks: Sequence[Ask]) -> list[Feedback]:
-        """One answer per question; each carries its question. Raises TeacherError."""
+        """One answer per question; each carries its question. Raises TeacherError.
+
+        A teacher that only writes may leave questions unanswered; scores are never left out.
+        """
         ...
