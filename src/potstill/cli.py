@@ -72,7 +72,7 @@ def train(
         run = loop.train(parsed, root, text=text, resume=resume, watch=bar)
     if rows := run.evals:
         out.print(progress.evaluations([row for row in rows if row["step"] in (0, rows[-1]["step"])], str(run.path)))
-    if run.finished and " " in str(run.finished["why"]):  # a sentence: the run ended before its own end
+    if run.finished and run.finished.get("early"):
         out.print(str(run.finished["why"]), markup=False, highlight=False, soft_wrap=True)
     out.print(f"Look inside: potstill report {run.path}")
 

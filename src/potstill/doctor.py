@@ -18,6 +18,9 @@ EXTRAS = {
     "datasets": ("hub", "task hub"),
     "reasoning_gym": ("gym", "task reasoning_gym"),
     "gguf": ("gguf", ".gguf models"),
+    "anthropic": ("anthropic", "teacher Claude"),
+    "google.genai": ("google", "teacher Gemini"),
+    "openai": ("openai", "teacher OpenAI"),
     "sentence_transformers": ("embedding", "similarity embedding"),
 }
 
@@ -33,10 +36,17 @@ def findings() -> Iterator[Finding]:
             yield False, package, "not installed", f"pip install {package}"
     yield from _hardware()
     for module, (extra, feature) in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
+        there = _installed(module)
         remedy = "" if there else f"pip install 'potstill[{extra}]'"
         yield True if there else None, feature, "installed" if there else "not installed", remedy
     yield _lab()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _hardware() -> Iterator[Finding]:

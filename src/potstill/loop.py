@@ -53,8 +53,14 @@ def train(
             f"{folder} was started with another recipe: {', '.join(changed)} differ, so its numbers would not go on. "
             "Resume with the recipe as it was, or start a new run under another name"
         )
-    if run and run.finished and (latest := run.latest()) and latest[0] == run.finished["step"]:
-        return run  # unless somebody went back to an older checkpoint
+    if (
+        run
+        and run.finished
+        and run.finished.get("early")
+        and (latest := run.latest())
+        and latest[0] == run.finished["step"]
+    ):
+        return run  # its teacher's budget is spent, and nobody went back to an older checkpoint
     parts = build(config, folder)
     run = run or Run.create(folder, config=text, resolved=resolved, env=environment())
     with run.locked(), Stop() as stop:

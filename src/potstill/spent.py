@@ -41,4 +41,10 @@ class Spent:
         """What a finished run says of itself."""
         assert self.limit is not None
         counts = {"rollout_tokens": self.rollout_tokens, "teacher_tokens": self.teacher_tokens}
-        return {"step": self.steps, **counts, "cpu_s": round(self.cpu_s, 3), "why": self.ended or self.limit[0]}
+        return {
+            "step": self.steps,
+            **counts,
+            "cpu_s": round(self.cpu_s, 3),
+            "why": self.ended or self.limit[0],
+            "early": bool(self.ended),
+        }

@@ -54,7 +54,7 @@ def _similar(label: str, name: str) -> Number:
 NUMBERS = (
     Number("changed in bf16", "density", True, (("density_null", ROTATED),)),
     Number("norm of dW", "fro"),
-    Number("  relative to W0", "rel_fro", True),
+    Number("  relative to W0", "rel_fro"),
     Number("stable rank of dW", "srank", False, (("srank_null", PERMUTED), ("srank_chance", "Gaussian"))),
     Number("Hill, k = 16", "hill_k16", False, (("hill_k16_null", PERMUTED),)),
     Number("energy of the top 16", "e16", True, (("e16_null", PERMUTED),)),
