@@ -23,7 +23,7 @@ demo: $(VENV)/run ## Distil the bundled student twice and write a page about it
 test: $(VENV)/dev ## Lint, types and the fast tests (under 5 minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not gpu" -n 2
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev ## Tests that train models
 	$(BIN)/pytest -m "slow"

@@ -6,11 +6,15 @@ from types import FrameType, TracebackType
 
 
 class Stop:
-    """Inside the block Ctrl-C lets the step end, so that its work can be saved; a second one stops at once."""
+    """Inside the block Ctrl-C lets the step end, so that its work can be saved; a second one stops at once.
+
+    A process that was started to ignore it, a background job of a script, goes on ignoring it.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._ours = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
+        main = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
+        self._ours = main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
     def __enter__(self) -> "Stop":
         if self._ours:
