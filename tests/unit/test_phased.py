@@ -119,7 +119,7 @@ def test_unfinished_and_looping_answers_are_rejected():
     assert drawn(Phased(share=1.0, tries=1, max_repetition=0.7), loop)[0][0][0].author == "teacher"
 
 
-@pytest.mark.parametrize("texts", [("aa", "bc"), ("aa", "bb")])
+@pytest.mark.parametrize("texts", [("aa", "bc"), ("aa", "bb"), ("bc", "bc")])
 def test_rejected_tries_are_paid_for_and_counted_once(texts):
     groups, _, _ = drawn(Phased(share=0.5, tries=2), *texts, n=2)
     for group in groups[:2]:
@@ -127,6 +127,11 @@ def test_rejected_tries_are_paid_for_and_counted_once(texts):
         assert sum(r.tries for r in group) == 2
         assert sum(r.right for r in group) == texts.count("bc")
     assert all(r.usage == Usage() and r.tries == 0 for group in groups[2:] for r in group)
+
+
+def test_the_teacher_is_asked_as_often_as_the_schedule_says():
+    how = Phased(share=1.0, flat=0.1, end=0.4, tries=1)
+    assert [len(drawn(how, "bc", done=x)[2].asked) for x in (0.0, 0.175, 0.25, 0.325)] == [4, 3, 2, 1]
 
 
 def test_after_the_last_phase_the_teacher_is_not_asked():

@@ -73,6 +73,20 @@ def test_tip_is_the_soft_or_of_both():
     assert kept([target(h, teacher)], "tip", 0.6) == [[float(i in best) for i in range(5)]]
 
 
+def test_surely_one_counts_more_than_half_of_both():
+    """The soft or of (1, 0) and (0, 1) is 1, that of (.6, .6) is .84; their sum would rank them the other way."""
+    third = 0.804  # exp(d) - d - 1 = 0.43, 0.6 times that of d = 1
+    assert kept([target([1.0, 0.6, 0.0], [-1.0, -1.0 + third, 0.0])], "tip", 0.7) == [[1, 0, 1]]
+
+
+def test_outliers_leave_room_for_the_third():
+    """Two divergences far above all others count as the third largest, which then beats half of the largest entropy."""
+    entropy = [1.0] * 3 + [0.5] + [0.0] * 96
+    teacher = [-1.0] * 4 + [-11.0, -11.0, -3.0] + [-1.0] * 93
+    [weights] = kept([target(entropy, teacher)], "tip", 0.06)
+    assert [i for i, w in enumerate(weights) if w] == [0, 1, 2, 4, 5, 6]
+
+
 def test_an_outlier_does_not_decide_the_scale():
     """Of 100 tokens the two largest divergences count as the third largest."""
     teacher = [-1.0 - 0.02 * i for i in range(98)] + [-40.0, -50.0]
