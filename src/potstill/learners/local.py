@@ -159,7 +159,7 @@ class LocalLearner:
         return joined | {"lr": rate, "trained_tokens": count_tokens(targets)}
 
     def _step(self) -> None:
-        if self.subspace is None:
+        if self.subspace is None or not self.subspace.bases:
             return self.optimizer.step()
         before = {n: w.detach().clone() for n, w in self.subspace.weights.items()}
         self.optimizer.step()

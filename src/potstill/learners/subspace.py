@@ -96,7 +96,7 @@ class Subspace:
     @torch.no_grad()
     def project_step(self, before: Matrices) -> None:
         """After the optimiser's step; `before` holds the weights it started from."""
-        for name, weight in self.weights.items() if self.bases else ():
+        for name, weight in self.weights.items():
             v = self.bases[name]
             if self.config.mode == "step":
                 weight.copy_(before[name] + (weight - before[name]) @ v @ v.T)
