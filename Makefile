@@ -1,10 +1,11 @@
 # `make demo` and `make test` set up all they need: Python 3.11 is enough.
 PYTHON ?= python3
 VENV := .venv
+SERVERS := .venv-servers
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu check models clean help
+.PHONY: demo test test-slow test-gpu test-servers check models clean help
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
@@ -23,7 +24,7 @@ demo: $(VENV)/run ## Distil the bundled student twice and write a page about it
 test: $(VENV)/dev ## Lint, types and the fast tests (under 5 minutes on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow and not gpu and not servers" -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev ## Tests that train models
 	$(BIN)/pytest -m "slow"
@@ -31,8 +32,18 @@ test-slow: $(VENV)/dev ## Tests that train models
 test-gpu: $(VENV)/dev ## Tests that need a GPU
 	$(BIN)/pytest -m gpu
 
+# vLLM's own requirements ask for torchvision, torchaudio and torchcodec, which text does not need.
+$(SERVERS)/done: constraints-servers.txt
+	$(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+test-servers: $(VENV)/dev $(SERVERS)/done ## Tests against vLLM, llama.cpp and transformers (10 minutes)
+	$(BIN)/pytest -m servers
+
 models: $(VENV)/dev ## Fetch the real models of recipes/smollm2.toml
 	$(BIN)/python tools/fetch_models.py
 
-clean: ## Remove the environment and all caches, keep runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+clean: ## Remove the environments and all caches, keep runs/
+	rm -rf $(VENV) $(SERVERS) .pytest_cache .ruff_cache build dist

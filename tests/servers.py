@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Said:
-    """An answer on the wire. `cut`: the connection breaks in the middle of it."""
+    """An answer on the wire. `cut`: the connection breaks in the middle of it. `pause`: seconds of silence there."""
 
     body: JSON | bytes
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     cut: bool = False
+    pause: float = 0.0
 
 
 @dataclass
@@ -73,7 +75,10 @@ class Server:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(raw)))
                 self.end_headers()
-                self.wfile.write(raw[: len(raw) // 2] if said.cut else raw)
+                half = len(raw) // 2
+                self.wfile.write(raw[:half])
+                time.sleep(said.pause)
+                self.wfile.write(b"" if said.cut else raw[half:])
                 self.close_connection |= said.cut
                 seen.answered = said.status == 200 and not said.cut
 

@@ -9,31 +9,36 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from potstill.types import Batch, Target
+from potstill.types import Batch, Continuation, Target
 
 
 def count_tokens(targets: Sequence[Target]) -> float:
-    """Tokens that carry a loss, of any term: the one divisor of a batch, at least 1."""
-    return max(float(sum(_trained(t).sum().item() for t in targets)), 1.0)
+    """Tokens that carry a loss, of any term: the one divisor of a batch, at least 1. Those of a branch count by its share."""
+    branches = sum(c.share * len(c.ids) for t in targets for c in t.continuations)
+    return max(float(sum(_trained(t).sum().item() for t in targets) + branches), 1.0)
 
 
 def collate(targets: Sequence[Target], n_tokens: float | None = None, n_rollouts: int | None = None) -> Batch:
     """Pad targets to [B, T]. `n_tokens` and `n_rollouts` are those of the *whole* batch if this is a part of it.
 
-    What only some of the targets have is 0 on the others, and carries no weight there.
+    Targets come first, then the branches of each. What only some of them have is 0 on the others, and carries no weight
+    there. A target without weight of its own, all of whose tokens are in its branches, is left out.
     """
+    n_tokens = count_tokens(targets) if n_tokens is None else n_tokens
+    n_rollouts = len(targets) if n_rollouts is None else n_rollouts
+    branches = [_branch(t, c) for t in targets for c in t.continuations]
+    given = [*targets, *branches]
+    targets = [t for t in targets if not t.continuations or _trained(t).any()] + branches
 
-    def pad(rows: Sequence[Tensor | None]) -> Tensor | None:
-        like = next((row for row in rows if row is not None), None)
+    def field(name: str) -> Tensor | None:
+        like = next((v for t in given if (v := getattr(t, name)) is not None), None)
         if like is None:
             return None
+        rows = [getattr(t, name) for t in targets]
         full = [
             like.new_zeros(n, *like.shape[1:]) if row is None else row for row, n in zip(rows, lengths, strict=True)
         ]
         return pad_sequence(full, batch_first=True)
-
-    def field(name: str) -> Tensor | None:
-        return pad([getattr(t, name) for t in targets])
 
     lengths = [len(t.rollout.response_ids) for t in targets]
     labels = [torch.tensor(t.rollout.response_ids, dtype=torch.long) for t in targets]
@@ -49,8 +54,8 @@ def collate(targets: Sequence[Target], n_tokens: float | None = None, n_rollouts
         imitate=field("imitate"),
         teacher_ids=field("teacher_ids"),
         teacher_logp=field("teacher_logp"),
-        n_tokens=count_tokens(targets) if n_tokens is None else n_tokens,
-        n_rollouts=float(len(targets) if n_rollouts is None else n_rollouts),
+        n_tokens=n_tokens,
+        n_rollouts=float(n_rollouts),
     )
 
 
@@ -73,6 +78,23 @@ def info_means(targets: Sequence[Target]) -> dict[str, float]:
         n: v.square().nanmean().sqrt().item() if n.endswith("_rms") else v.nanmean().item() for n, v in values.items()
     }
     return {name: mean for name, mean in means.items() if mean == mean}
+
+
+def _branch(target: Target, branch: Continuation) -> Target:
+    """A row whose prompt is the prompt and the beginning of the rollout."""
+    r, length = target.rollout, len(branch.ids)
+    row = replace(
+        r,
+        author="teacher",
+        prompt_ids=(*r.prompt_ids, *r.response_ids[: branch.start]),
+        response_ids=branch.ids,
+        pieces=("",) * length,
+        old_logp=None,
+        entropy=None,
+        guided=0,
+    )
+    none = torch.zeros(length)
+    return Target(source=replace(target.source, rollout=row), weight=none, imitate=none + branch.share)
 
 
 def _trained(target: Target) -> Float[Tensor, " T"]:

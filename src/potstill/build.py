@@ -18,6 +18,7 @@ from potstill.learners.local import LocalLearner
 from potstill.learners.recorder import Recorder
 from potstill.methods.base import Method
 from potstill.models import Tokens
+from potstill.samplers.asked import AskedSampler
 from potstill.samplers.base import Sampler
 from potstill.samplers.data import DataSampler, answer_ids
 from potstill.samplers.hf import HFSampler, Translated, prompt_within
@@ -111,9 +112,15 @@ def _check_tokens(config: Config, method: Method, student: Tokens) -> list[Token
         teacher = models.load_tokens(config.teacher.tokenizer, config.teacher.eos)
     else:
         return []
-    if method.wants > Wants.TEXT:
+    differ = models.same_tokenizer(student, teacher)
+    if config.teacher.align and differ is None:
+        raise ConfigError(
+            f"teacher.align carries the scores of another tokenizer over to the student's, but {teacher.name} has the "
+            "student's own, so it would have no effect. Remove it"
+        )
+    if method.wants > Wants.TEXT and not config.teacher.align:
         models.check_shared(student, teacher)
-    if _writes(config, method) and models.same_tokenizer(student, teacher) is None:
+    if (_writes(config, method) or method.imitates) and differ is None:
         models.check_eos(student, teacher)
     return [teacher]
 
@@ -131,17 +138,18 @@ def _check_teacher(config: Config, method: Method) -> None:
         raise ConfigError(f"{name} as set here asks no teacher, so [teacher] would have no effect. Remove the table")
     if not isinstance(teacher, Teacher):
         remote.check(teacher, name, method.wants)
-        if _writes(config, method):
-            raise ConfigError(
-                f"{name} as set here learns from whole answers of the teacher, which only a model in this process writes so "
-                f"far, not one of kind {teacher.kind!r}. Use a method that asks about the student's answers, such as omniopd"
-            )
     if isinstance(teacher, Replay):
         return
     if isinstance(teacher, Teacher | HTTP) and teacher.text_only and method.wants > Wants.TEXT:
         raise ConfigError(
             f"{name} needs {NEEDS[method.wants]} of the teacher, but teacher.text_only leaves only text. "
             "Use method omniopd, or remove text_only"
+        )
+    if isinstance(teacher, Teacher | HTTP) and teacher.align and (teacher.text_only or method.wants <= Wants.TEXT):
+        why = "teacher.text_only leaves only text" if teacher.text_only else f"{name} as set here asks for none"
+        raise ConfigError(
+            f"teacher.align carries the teacher's scores over to the student's tokens, but {why}, so it would have no "
+            "effect. Remove one of the two, or use a method that asks for scores, such as opd"
         )
     writes = method.examples is not None or config.rollouts.off_policy
     if method.wants > Wants.TEXT and not writes and (teacher.temperature != 1 or teacher.top_p != 1):
@@ -154,6 +162,11 @@ def _check_teacher(config: Config, method: Method) -> None:
         raise ConfigError(
             f"teacher.shuffled gives every prompt the continuations of another, but {name} asks for none. Remove it, or "
             "use a method that learns from continuations, such as omniopd"
+        )
+    if shuffled and getattr(method, "narrow", 0):
+        raise ConfigError(
+            "teacher.shuffled gives every prompt the continuations of another, but method.narrow asks again about few prompts, "
+            "sometimes one, which would get its own. Set method.narrow = 0"
         )
     if shuffled and config.rollouts.prompts == 1:
         raise ConfigError(
@@ -199,6 +212,11 @@ def _check_budget(config: Config, method: Method) -> None:
 
 
 def _check_selection(config: Config, method: Method) -> None:
+    if config.select and method.imitates:
+        raise ConfigError(
+            f"[select] keeps some of the tokens that the student wrote, but {method.name} as set here learns from what the "
+            "teacher writes in their place. Remove [select], or use omniopd without dagger"
+        )
     if config.select is None or config.select.by == "random":
         return
     if method.author != "student":
@@ -235,7 +253,7 @@ def _check_geometry(config: Config) -> None:
 
 def _check_rollouts(config: Config, method: Method) -> None:
     group, room = config.rollouts.group, config.rollouts.max_tokens
-    greedy = method.author == "teacher" and isinstance(config.teacher, Teacher) and config.teacher.temperature == 0
+    greedy = (method.author == "teacher" or config.rollouts.off_policy) and getattr(config.teacher, "temperature", 1) == 0
     if group > 1 and (greedy or method.author == "data"):
         who = "the data set has one answer" if not greedy else "teacher.temperature = 0 writes one answer"
         raise ConfigError(
@@ -275,7 +293,7 @@ def _check_rollouts(config: Config, method: Method) -> None:
             f"{method.name} needs the entropies of what it learns from, but its rollouts are written by the "
             f"{method.author}, and only the student's have them. Let the student write"
         )
-    method.check(room)
+    method.check(room, group=group, updates=config.learner.updates)
 
 
 def _method(config: Config) -> Method:
@@ -304,6 +322,8 @@ class Parts:
     """Writes what the method learns from: the student, the teacher or the data set."""
     teacher: TeacherProtocol | None
     reference: TeacherProtocol | None
+    own: TeacherProtocol
+    """The student as it is now, where a method asks it how it would go on."""
     recorder: Recorder | None
 
 
@@ -337,6 +357,7 @@ def build(config: Config, folder: Path | None = None) -> Parts:
         sampler=_sampler(config, method, learner, teacher),
         teacher=teacher,
         reference=_reference(config, method, learner),
+        own=HFTeacher(learner.loaded, learner.tokens, decoding=Decoding(cells=config.rollouts.batch_cells)),
         recorder=Recorder(config.geometry, learner.model) if config.geometry.every else None,
     )
 
@@ -349,7 +370,7 @@ def _load_teacher(config: Config, student: Tokens, folder: Path) -> HFTeacher | 
         return remote.load(t, student, folder, config.name)
     loaded = models.load(t.path, dtype=t.dtype, device=device(t.device), eos=t.eos)
     how = Decoding(temperature=t.temperature, top_p=t.top_p, cells=t.batch_cells)
-    return HFTeacher(loaded, student, decoding=how, text_only=t.text_only, shuffled=t.shuffled)
+    return HFTeacher(loaded, student, decoding=how, text_only=t.text_only, align=t.align, shuffled=t.shuffled)
 
 
 def _reference(config: Config, method: Method, learner: LocalLearner) -> HFTeacher | None:
@@ -371,8 +392,10 @@ def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: Tea
     by_student = method.author == "student" and method.examples is None and not config.rollouts.off_policy
     if by_student:
         return student
-    assert isinstance(teacher, HFTeacher)  # _check_teacher has seen to it
-    writer = Translated(HFSampler(teacher.loaded, decoding=teacher.how), learner.tokens)
+    assert teacher is not None  # _check_teacher has seen to it
+    writer: Sampler = AskedSampler(teacher, learner.tokens)
+    if isinstance(teacher, HFTeacher):
+        writer = Translated(HFSampler(teacher.loaded, decoding=teacher.how), learner.tokens)
     if config.rollouts.off_policy:
         scorer = HFTeacher(learner.loaded, learner.tokens, decoding=Decoding(cells=config.rollouts.batch_cells))
         return ScoredSampler(writer, scorer)

@@ -10,6 +10,8 @@ from potstill.errors import DataError
 from potstill.types import Prompt
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LEAD = "1"
+"""Stands for whatever a continuation follows."""
 LONGEST = 8
 """Tokens that one character may be split over before we give up waiting for its end."""
 
@@ -80,6 +82,20 @@ def _grown(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
         start, done = done, t + 1
         before = tokenizer.decode(list(ids[start:done]), **PLAIN)
     return tuple(out)
+
+
+def ids_behind(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The tokens of a text that goes on from other text.
+
+    Some tokenizers put a mark of a space before whatever they begin with; such a text is read behind another one.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    lead = tokenizer.encode(LEAD, add_special_tokens=False)
+    if text and tokenizer.decode([*lead, *ids], **PLAIN) != LEAD + text:
+        behind = tokenizer.encode(LEAD + text, add_special_tokens=False)
+        if behind[: len(lead)] == lead:
+            ids = behind[len(lead) :]
+    return tuple(ids)
 
 
 def cut(tokenizer: Any, text: str, length: int) -> str:

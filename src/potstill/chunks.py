@@ -35,6 +35,7 @@ def plan_chunks(
     scheduler: Scheduler = "peak_entropy",
     overlap: Overlap = "skip",
     seed: int = 0,
+    pieces: Sequence[str] | None = None,
 ) -> list[Chunk]:
     """Chunks of a response, ascending and disjoint.
 
@@ -42,6 +43,7 @@ def plan_chunks(
     `overlap` says what happens where two anchors are closer than `length` (the paper names merging and resampling and
     chooses neither): `skip` takes the next position by rank; `merge` takes the `count` first positions and joins
     overlapping chunks into longer ones; `resample` replaces an overlapping anchor by a random position.
+    `pieces`, the text of each token: anchors move back to where their word begins, if they stay in the chunk.
     """
     fits = len(entropy) - length + 1
     if fits <= 0:
@@ -53,13 +55,26 @@ def plan_chunks(
         order = rng.permutation(fits).tolist()
     else:
         order = sorted(range(fits), key=lambda t: (-entropy[t], t))
+    starts = range(len(entropy)) if pieces is None else word_starts(pieces)
+    moved = [starts[t] if t - starts[t] < length else t for t in range(fits)]
+    order = list(dict.fromkeys(moved[t] for t in order))
 
     if overlap == "merge":
         return _merged(sorted(order[:count]), length)
     if overlap == "resample":
         first = _skip_overlaps(order[:count], count, length)
-        order = first + [t for t in rng.permutation(fits).tolist() if t not in first]
+        order = first + [moved[t] for t in rng.permutation(fits).tolist() if moved[t] not in first]
     return [Chunk(t, length) for t in sorted(_skip_overlaps(order, count, length))]
+
+
+def word_starts(pieces: Sequence[str]) -> list[int]:
+    """[T] for each token the position where its word begins: at the start, at white space, or right behind it."""
+    out: list[int] = []
+    behind = True  # white space, or the beginning
+    for t, piece in enumerate(pieces):
+        out.append(t if behind or piece[:1].isspace() else out[-1])
+        behind = piece[-1:].isspace()
+    return out
 
 
 def _skip_overlaps(order: Sequence[int], count: int, length: int) -> list[int]:

@@ -375,6 +375,29 @@ def lab_build(
     build(to, seed, log=lambda line: out.print(line, markup=False, highlight=False))
 
 
+@lab_app.command(name="claims")
+def lab_claims(
+    seeds: Annotated[str, typer.Option(help="Of the five methods.")] = "0-4",
+    control_seeds: Annotated[
+        str, typer.Option(help="Of the controls and projected runs; the first of --seeds.")
+    ] = "0-2",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. Default: one for each core.", show_default=False)
+    ] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the tables.")] = Path("runs/lab-claims"),
+) -> None:
+    """Try the claims of "On the Geometry of On-Policy Distillation", each beside its null. Takes about two hours."""
+    from potstill.comparison.plan import parse_seeds
+    from potstill.lab.claims import claims
+
+    done = claims(parse_seeds(seeds), parse_seeds(control_seeds), out=out_dir, jobs=jobs, console=out)
+    table = Table("claim", "paper", "ours", "null", "verdict")
+    for row in done.rows:
+        table.add_row(*map(escape, row.values()))
+    out.print(table)
+    out.print(f"With the tables behind it: open {done.folder / 'claims.html'} in a browser.", soft_wrap=True)
+
+
 def _cost(row: dict[str, Any], price: Any) -> str:
     """Of a row of the ledger's summary, in the currency of its price."""
     used = [row[name] for name in ("read", "cached", "stored", "written")]

@@ -69,6 +69,8 @@ class Teacher(Part):
     """Of the text it writes: only the likeliest tokens that together have this probability."""
     text_only: bool = False
     """Treat it as a teacher that returns nothing but text, even if it shares the student's tokenizer."""
+    align: bool = False
+    """With another tokenizer: carry its scores over to the student's tokens, by the text that both stand for."""
     shuffled: bool = False
     """A control: what it writes for one prompt is shown as its answer to another."""
     batch_cells: int = Field(65_536, gt=0)
@@ -127,7 +129,7 @@ class Select(Part):
     """The student's entropy; an estimate of KL(student || teacher) from the sampled token; how much likelier the student
     finds it than the teacher does; h + d - h d of the first two, scaled to 0..1 (TIP, arXiv:2604.14084); or chance."""
     over: Literal["batch", "answer"] = "batch"
-    """Which tokens compete."""
+    """Which tokens compete. Those kept of an `answer` weigh as much together as all its tokens did."""
     keep: float = Field(0.5, gt=0, lt=1)
     """Share of tokens that learn."""
 
@@ -171,7 +173,8 @@ class Learner(Part):
     micro_batch: int = Field(0, ge=0)
     """Rollouts in one forward and backward pass; 0: all. Changes memory, never the gradient."""
     updates: int = Field(1, gt=0)
-    """Optimiser steps on the same rollouts. Those after the first are off-policy; only token-credit methods correct that."""
+    """Optimiser steps on the same rollouts. Those after the first are off-policy: token-credit methods correct that, omniopd with
+    `max_ratio`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the student's arithmetic; bfloat16 keeps its weights as they are loaded (autocast)."""
 
@@ -223,14 +226,23 @@ class Projection(Part, validate_by_name=True, serialize_by_alias=True):
     basis: str = Field("self", alias="from")
     """`self`: leading right singular vectors of the update so far. `random`. `inputs`: leading eigenvectors of the layer
     inputs' second moment. Else a file: geometry/step_N.npz of another run."""
-    k: int = Field(16, gt=0)
-    """Its dimension."""
+    k: int = Field(16, ge=0)
+    """Its dimension. 0, with mode = "step": the weights stay where they are."""
     mode: Literal["grad", "step", "coord"] = "grad"
     """What is projected: the gradient (the paper), the optimiser's step, or the parameters themselves."""
     matrices: Literal["attention", "linear"] = "linear"
     """Which weights; all others train freely."""
     at: float = Field(0.2, ge=0, lt=1)
     """When it starts, as a share of the run."""
+
+    @model_validator(mode="after")
+    def _stops(self) -> "Projection":
+        if self.k == 0 and self.mode != "step":
+            raise ValueError(
+                f"k = 0 stops the weights where they are, but under mode = {self.mode!r} Adam would still move them or have "
+                'nothing to move. Set mode = "step"'
+            )
+        return self
 
 
 class Budget(Part):

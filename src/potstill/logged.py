@@ -51,6 +51,7 @@ LOGGED: dict[str, tuple[str, str]] = {
     "d/conflict": ("nats", "Mean d_t where they do not."),
     "term/teacher_rms": ("nats", "mix: root mean square of alpha d_t over the trained tokens."),
     "term/verifier_rms": ("", "mix: root mean square of (1 - alpha) A_i over the trained tokens."),
+    "term/cosine": ("", "mix: cosine of the gradients of the two terms, every `cosine_every` steps."),
     "reference_gap": ("nats", "Mean |log pi_T - log pi_ref| on sampled tokens."),
     "overlap": ("share", "opd: of the student's k likeliest tokens, those among the teacher's k; k = min(16, V/4)."),
     "overlap/student": (
@@ -61,6 +62,7 @@ LOGGED: dict[str, tuple[str, str]] = {
     "entropy_gap": ("nats", "opd: mean |H(student) - H(teacher)|."),
     "divergence": ("nats/token", "opd: the divergence of teacher and student on the student's tokens; its loss."),
     "teacher_kl": ("nats/token", "Mean log pi_old - log pi_T on sampled tokens: estimates KL(student || teacher)."),
+    "aligned": ("share", "Tokens of which the view of a teacher with another tokenizer is known (`teacher.align`)."),
     "ratio_max": ("", "Largest importance ratio pi_theta / pi_old on a sampled token, before the clip."),
     "ratio_outside": ("share", "Trained tokens whose ratio lies outside the clip: the tails."),
     "mismatch": (
@@ -69,6 +71,7 @@ LOGGED: dict[str, tuple[str, str]] = {
     ),
     "start_kl": ("nats/token", "grpo: estimate (k3) of KL(pi_theta || initial student); before `kl`."),
     "chunk_loss": ("nats/token", "omniopd: first term of Eq. 8."),
+    "imitation_loss": ("nats/token", "dagger: minus the log-likelihood of the continuations, over all trained tokens."),
     "reference_kl": ("nats/token", "KL(pi_ref || pi_theta) on unaudited tokens, over all trained tokens; before beta."),
     "agreement": (
         "",
@@ -76,6 +79,7 @@ LOGGED: dict[str, tuple[str, str]] = {
     ),
     "prior": ("", "pi_bar, the student's own belief in a chunk (Eq. 4), over audited tokens."),
     "target": ("", "The weight of a chunk (Eq. 5), over audited tokens."),
+    "baseline": ("", "omniopd: what is subtracted from the weight of a chunk, over audited tokens."),
     "spread": ("", "Standard deviation of the similarity inside a chunk; near 0 the N answers are one answer."),
     "audited": ("share", "Response tokens inside a chunk."),
     "teacher/read": (
@@ -86,6 +90,10 @@ LOGGED: dict[str, tuple[str, str]] = {
     "teacher/written": ("tokens", "Tokens the teacher wrote this step."),
     "teacher/stopped": ("share", "Continuations that the teacher ended by itself, before the length it was asked for."),
     "teacher/length_ratio": ("", "Tokens the teacher wrote per student token it was asked for."),
+    "teacher/accepted": ("texts", "Continuations of a remote teacher that were used as they came."),
+    "teacher/repaired": ("texts", "Those that were used without what was put around them."),
+    "teacher/rejected": ("texts", "Those that were none, and were asked for again."),
+    "teacher/unanswered": ("questions", "Chunks or prompts with too few texts to use; what they cost is in the ledger alone."),
     "time/sample": ("CPU s", "Spent on rollouts this step."),
     "time/teacher": ("CPU s", "Spent on the teacher this step, if it runs in this process."),
     "time/learn": ("CPU s", "Spent on loss, gradient and optimiser this step."),

@@ -5,7 +5,7 @@ prompts -> rollouts -> verdicts -> asks -> feedback -> targets -> one optimiser 
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from potstill.config import Config
 from potstill.decode import Decoding
 from potstill.errors import BudgetEnded, ConfigError, Interrupted, TrainingError
 from potstill.evaluate import evaluate
-from potstill.record import degenerate, describe, rollout_means, usage
+from potstill.record import degenerate, describe, manners, rollout_means, usage
 from potstill.run import Run
 from potstill.seeds import derive
 from potstill.select import select
@@ -112,15 +112,26 @@ async def _close(config: Config, parts: Parts, run: Run, step: int, spent: Spent
 
 
 async def _step(config: Config, parts: Parts, step: int, spent: Spent) -> tuple[Row, list[Target]]:
-    method, began = parts.method, time.process_time()
-    groups, dropped = await _write(config, parts, step, spent.share)
+    method, teacher, began = parts.method, parts.teacher, time.process_time()
+    notes = Counter(teacher.notes) if teacher else Counter[str]()
+    try:
+        groups, dropped = await _write(config, parts, step, spent.share)
+    except BudgetEnded as end:  # of a teacher that writes the answers itself, before it wrote one
+        spent.ended = str(end)
+        return {}, []
+    spent.ended = teacher.ended if teacher else ""
     sampled = time.process_time()
     rollouts = [r for group in groups for r in group]
-    asks = [ask for r in rollouts for ask in method.asks(r)]
+    asks, said = [ask for r in rollouts for ask in method.asks(r)], list[Feedback]()
+    new, put = asks, set[tuple[Any, ...]]()
     try:
-        said = await _ask(parts, asks)
+        while new:
+            await _ask(parts, new, said)
+            put |= {ask.key for ask in new}
+            new = [ask for ask in method.more(said) if ask.key not in put]  # what went unanswered is not asked again
     except BudgetEnded as end:  # learn from the answers that were paid for, and let this be the last step
-        said, spent.ended = list(end.said), str(end)
+        said += end.said
+        spent.ended = str(end)
         groups = answered(groups, asks, said)
     taught = time.process_time()
     targets = [t for group in review(groups, said) for t in method.targets(group)]
@@ -130,6 +141,8 @@ async def _step(config: Config, parts: Parts, step: int, spent: Spent) -> tuple[
         raise TrainingError(
             f"step {step}: none of {len(rollouts)} rollouts can be learnt from; all are empty. "
             "Check that the prompts end where an answer begins, and that the student is not already at an end token"
+            if rollouts
+            else f"step {step}: the teacher answered none of the prompts. See `potstill ledger {config.name}` for what came"
         )
     if config.select:
         targets = select(targets, config.select.by, config.select.keep, config.select.over)
@@ -138,6 +151,7 @@ async def _step(config: Config, parts: Parts, step: int, spent: Spent) -> tuple[
     lost = sum(len(r.response_ids) for r in dropped)
     row = {"step": step, "dropped": lost, **learnt, **info_means(targets)}
     row |= {**rollout_means(parts.verifier, groups), **usage(said, [*rollouts, *dropped])}
+    row |= manners(teacher.notes - notes) if teacher else {}
     spent.add(row, ended - began)
     times = {"time/sample": sampled - began, "time/teacher": taught - sampled, "time/learn": ended - taught}
     row |= {name: round(t, 4) for name, t in times.items()}
@@ -161,7 +175,7 @@ async def _write(config: Config, parts: Parts, step: int, done: float) -> tuple[
     groups = await written(parts.task.draw(config.seed, step, config.rollouts.prompts))
     for again in range(config.rollouts.resample):
         alike = [i for i, group in enumerate(groups) if degenerate(group)]
-        known = {group[0].prompt.id for group in groups}
+        known = {r.prompt.id for group in groups for r in group}
         fresh = parts.task.draw(derive(config.seed, "again", again), step, len(alike)) if alike else []
         fresh = [p for p in fresh if p.id not in known]
         for i, group in zip(alike, await written(fresh) if fresh else (), strict=False):
@@ -176,14 +190,13 @@ def _judged(parts: Parts, rollout: Rollout, step: int, *, cut: bool) -> Rollout:
     return replace(rollout, policy_version=step - 1, verdict=None if unknown else parts.verifier(rollout))
 
 
-async def _ask(parts: Parts, asks: Sequence[Ask]) -> list[Feedback]:
-    said: list[Feedback] = []
-    for of, who in (("teacher", parts.teacher), ("reference", parts.reference)):
+async def _ask(parts: Parts, asks: Sequence[Ask], said: list[Feedback]) -> None:
+    """Add the answers to `said`. The teacher comes last: its budget may end, and then the others have answered."""
+    for of, who in (("student", parts.own), ("reference", parts.reference), ("teacher", parts.teacher)):
         mine = [ask for ask in asks if ask.of == of]
         if mine:
             assert who is not None, f"a question to the {of}, but there is none"
             said += await who.feedback(mine)
-    return said
 
 
 async def _evaluate(config: Config, parts: Parts, run: Run, step: int, spent: Spent, watch: Watcher | None) -> None:

@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from potstill import chat
 from potstill.config import DType
 from potstill.errors import ModelError, require
 from potstill.lab import model_path
+from potstill.types import Finish
 
 disable_progress_bar()
 
@@ -187,9 +189,15 @@ def check_shared(student: Tokens, teacher: Tokens) -> None:
     if why := same_tokenizer(student, teacher):
         raise ModelError(
             f"student and teacher do not share a tokenizer: {why}. Token log-probabilities of one mean nothing to the other. "
-            "Use a teacher of the student's family, or method omniopd, which needs only the teacher's text"
+            "Use a teacher of the student's family; or teacher.align = true, which carries its scores over by the text they "
+            "stand for; or method omniopd, which needs only the teacher's text"
         )
     check_eos(student, teacher)
+
+
+def written_ids(tokens: Tokens, text: str, finish: Finish) -> tuple[int, ...]:
+    """Text that goes on from other text, in a model's tokens, with its end token where the writer stopped."""
+    return (*chat.ids_behind(tokens.tokenizer, text), *(tokens.eos[:1] if finish == "stop" else ()))
 
 
 def check_eos(student: Tokens, teacher: Tokens) -> None:

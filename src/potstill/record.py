@@ -1,6 +1,6 @@
 """What a step writes down: rows for metrics.jsonl, and rollouts for people to read. Every key is in `potstill.logged`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -9,6 +9,8 @@ from potstill.types import Feedback, Rollout, Target, Usage
 from potstill.verifiers.base import Verifier
 
 Row = dict[str, Any]
+VERDICTS = ("accepted", "repaired", "rejected", "unanswered")
+"""What is said of the texts of a teacher that may write something else, and of its silence."""
 
 
 def degenerate(group: Sequence[Rollout]) -> bool:
@@ -54,14 +56,22 @@ def _examples(groups: Sequence[Sequence[Rollout]]) -> Row:
 
 def usage(said: Sequence[Feedback], rollouts: Sequence[Rollout]) -> Row:
     """What the teacher read and wrote, and how its continuations ended."""
-    total = sum([f.usage for f in said if f.ask.of == "teacher"] + [r.usage for r in rollouts], Usage())
-    row = {"teacher/read": total.read, "teacher/cached": total.cached, "teacher/written": total.written}
+    said = [f for f in said if f.ask.of == "teacher"]
+    total = sum([f.usage for f in said] + [r.usage for r in rollouts], Usage())
+    row: Row = {"teacher/read": total.read, "teacher/cached": total.cached, "teacher/written": total.written}
     ends = [end for f in said for end in f.finishes]
     if not ends:
         return row
     asked = sum(f.ask.n * (f.ask.length or 0) for f in said)
     written = sum(f.usage.written for f in said)
     return row | {"teacher/stopped": fmean(e == "stop" for e in ends), "teacher/length_ratio": written / asked}
+
+
+def manners(notes: Mapping[str, int]) -> Row:
+    """How many texts of a step could be used; nothing about a teacher that is a mere model."""
+    if not notes:
+        return {}
+    return {f"teacher/{what}": sum(n for note, n in notes.items() if note.startswith(what)) for what in VERDICTS}
 
 
 def describe(target: Target, step: int) -> Row:

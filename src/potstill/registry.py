@@ -17,6 +17,7 @@ METHODS = {
     "sft": "potstill.methods.sft:SFT",
     "opd": "potstill.methods.opd:OPD",
     "omniopd": "potstill.methods.omniopd:OmniOPD",
+    "dagger": "potstill.methods.dagger:Dagger",
     "sampled_kl": "potstill.methods.sampled_kl:SampledKL",
     "sgopd": "potstill.methods.sgopd:SGOPD",
     "grpo": "potstill.methods.grpo:GRPO",

@@ -7,7 +7,8 @@
     keep the floor(keep m) largest s_t of the m tokens with a weight, at least one; weight 0 on the others
 
 m counts the tokens of the batch, or of one answer (`over`). Losses are means over the tokens that are kept, so what is
-left counts 1 / keep times as much as before: the rescaling of arXiv:2606.07082, Sec. 5.
+left counts 1 / keep times as much as before. Over answers it counts m / kept times as much in each: the rescaling of
+arXiv:2606.07082, Sec. 5, by which an answer weighs what it did whatever floor() took from it.
 
 Scaling is to the range of the batch's m tokens, cut at their 98th percentile. TIP takes the whole divergence for D; one
 number per token from the teacher gives this estimate of it.
@@ -39,6 +40,9 @@ def select(targets: Sequence[Target], by: By, keep: float, over: Over = "batch")
     weights = torch.cat([t.weight for t in targets])
     parts = [len(scores)] if over == "batch" else lengths
     kept = torch.cat([_best(s, w, keep) for s, w in zip(scores.split(parts), weights.split(parts), strict=True)])
+    if over == "answer":
+        kept = torch.cat([_rescaled(k, w) for k, w in zip(kept.split(lengths), weights.split(lengths), strict=True)])
+        kept *= kept.count_nonzero() / kept.sum().clamp(min=1e-12)  # the loss is divided by the tokens kept
     return [replace(t, weight=t.weight * k) for t, k in zip(targets, kept.split(lengths), strict=True)]
 
 
@@ -49,6 +53,11 @@ def _best(scores: Float[Tensor, " N"], weights: Float[Tensor, " N"], keep: float
     kept = torch.zeros_like(scores)
     kept[scores.masked_fill(~weighted, -torch.inf).topk(min(count, len(scores))).indices] = 1.0
     return kept
+
+
+def _rescaled(kept: PerToken, weights: PerToken) -> PerToken:
+    """m / kept on the tokens of an answer that are kept, of its m with a weight."""
+    return kept * (weights.count_nonzero() / kept.sum())
 
 
 def _tip(targets: Sequence[Target]) -> Float[Tensor, " N"]:

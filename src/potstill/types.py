@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 Author = Literal["student", "teacher", "data"]
@@ -143,18 +143,22 @@ class Ask:
     length: int | None = None
     """Tokens to score or to write; None scores to the end of the response."""
     n: int = 1
-    """Continuations to write (TEXT)."""
+    """Continuations to write (TEXT),"""
+    first: int = 0
+    """after so many that an earlier question about the same place has brought."""
+    ids: bool = False
+    """Whether continuations are wanted in the student's tokens too."""
     k: int = 0
     """Alternatives per position (TOPK)."""
     unit: Literal["student", "teacher"] = "student"
     """Whose tokens `length` counts, for TEXT."""
-    of: Literal["teacher", "reference"] = "teacher"
-    """Who is asked: the teacher, or the model that extrapolation starts from."""
+    of: Literal["teacher", "reference", "student"] = "teacher"
+    """Who is asked: the teacher, the model that extrapolation starts from, or the student as it is now."""
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        """Names the question within its step: (prompt id, sample, start)."""
-        return *self.rollout.key, self.start
+    def key(self) -> tuple[str, str, int, int, int]:
+        """Names the question within its step: (who, prompt id, sample, start, first)."""
+        return self.of, *self.rollout.key, self.start, self.first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +174,13 @@ class Feedback:
     topk_logp: Float32[np.ndarray, "L K"] | None = None
     """Largest first."""
     logp: Float32[np.ndarray, "L V"] | None = None
+    aligned: Bool[np.ndarray, " L"] | None = None
+    """False where the teacher's view of the position is not known (another tokenizer); the values there mean nothing."""
     texts: tuple[str, ...] = ()
     """n continuations, each cut to `length` tokens."""
     finishes: tuple[Finish, ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
+    """The texts in the student's tokens, at most `length`, with its end token where the teacher ended; if asked for."""
     usage: Usage = Usage()
 
 
@@ -208,6 +216,18 @@ class Audit:
     k_sem: float
     pi_bar: float
     target: float
+    baseline: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What a teacher wrote after the first `start` tokens of a rollout, to be imitated in their context."""
+
+    start: int
+    ids: tuple[int, ...]
+    """In the student's tokens."""
+    share: float = 1.0
+    """Weight of each token, and what it counts for in the divisor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +248,8 @@ class Target:
     info: Mapping[str, Float[Tensor, " T"]] = field(default_factory=dict)
     """Numbers to average over tokens for the metrics; nan where one does not apply."""
     audits: tuple[Audit, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
+    """Branches off the rollout; each is a row of its own in the batch."""
 
     @property
     def rollout(self) -> Rollout:

@@ -293,15 +293,61 @@ def test_the_run_stops_within_its_money(tmp_path: Path) -> None:
 @pytest.mark.parametrize("provider", SPEAK)
 def test_a_server_that_is_busy_is_asked_again_and_paid_once(provider: str, tmp_path: Path) -> None:
     faults = [Said({"error": {"message": "busy"}}, status, {"Retry-After": "0"}) for status in (429, 503, 500)]
-    faults += [Said({}, cut=True), Said(b"<html>")]
-    respond = servers.flaky(SPEAK[provider](numbered), lambda i: faults[i // 2] if i % 2 == 0 and i < 10 else None)
+    faults += [Said({"id": "x" * 50}, cut=True), Said(b"<html>"), Said(b'{"id": "\xff\xfe"}')]
+    respond = servers.flaky(SPEAK[provider](numbered), lambda i: faults[i // 2] if i % 2 == 0 and i < 12 else None)
     with serving(respond) as server:
         by = teacher(server, tmp_path, provider, continues="instruction", retries=6)
         got = answers(by, *(go_on(LONG, start, n=1) for start in range(6)))
     assert len(got) == 6
     [row] = summary(tmp_path / "ledger.sqlite")
     assert (row["requests"], row["answers"], row["failed"]) == (6, 6, 0)
-    assert row["retried"] == 5
+    assert row["retried"] == 6
+
+
+@pytest.mark.parametrize("provider", SPEAK)
+def test_a_body_that_does_not_come_is_not_waited_for_without_end(provider: str, tmp_path: Path) -> None:
+    slow = Said({"id": "x" * 50}, pause=6)
+    respond = servers.flaky(SPEAK[provider](numbered), lambda i: slow if i == 0 else None)
+    with serving(respond) as server:
+        by = teacher(server, tmp_path, provider, continues="instruction", timeout=3)
+        assert answers(by, go_on(LONG, 9, n=1))[0].texts == (" cat 0",)
+    [row] = summary(tmp_path / "ledger.sqlite")
+    assert (row["requests"], row["retried"], row["answers"]) == (1, 1, 1)
+
+
+def test_more_answers_than_asked_for_are_left_out(tmp_path: Path) -> None:
+    """And those that come twice under one number are taken for two."""
+    once = servers.openai(numbered)
+
+    def twice(seen: servers.Seen) -> Said:
+        said = once(seen)
+        if isinstance(said.body, dict) and "choices" in said.body:
+            said.body["choices"] = [choice for choice in said.body["choices"] for _ in range(2)]
+        return said
+
+    with serving(twice) as server:
+        [f] = answers(teacher(server, tmp_path, "openai"), go_on(LONG, 9, n=3))
+        assert len([s for s in server.answered if s.body.get("n") == 3]) == 1
+    assert len(f.texts) == 3
+    [row] = summary(tmp_path / "ledger.sqlite")
+    assert row["answers"] == 3
+
+
+def test_a_field_that_is_refused_as_unprocessable_is_left_out(tmp_path: Path) -> None:
+    """As `transformers serve` and other FastAPI servers refuse what they do not know."""
+    usual = servers.openai(numbered)
+
+    def strict(seen: servers.Seen) -> Said:
+        said = usual(seen)
+        if said.status != 400:
+            return said
+        assert isinstance(said.body, dict)
+        return Said({"detail": said.body["error"]["message"]}, 422)
+
+    with serving(strict) as server:
+        by = teacher(server, tmp_path, "openai")
+        assert len(answers(by, go_on(LONG, 9, n=2))[0].texts) == 2
+        assert by.features.refused == {"chat_template_kwargs"}
 
 
 @pytest.mark.parametrize("provider", SPEAK)

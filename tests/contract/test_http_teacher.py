@@ -23,7 +23,8 @@ from potstill.models import Loaded, load
 from potstill.teachers.asking import first_seed
 from potstill.teachers.hf import HFTeacher
 from potstill.teachers.http import HTTPTeacher, meet
-from potstill.teachers.settings import HTTP
+from potstill.teachers.replay import ReplayTeacher
+from potstill.teachers.settings import HTTP, Replay
 from potstill.types import Ask, Feedback, Rollout, Wants
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
@@ -40,7 +41,7 @@ def settings(*urls: str, **fields: Any) -> HTTP:
 
 def teacher(how: HTTP, at: Path, loaded: Loaded | None = None, run: str = "run") -> HTTPTeacher:
     own = (loaded or tiny.loaded(seed=1)).tokens
-    shared = own.tokenizer is STUDENT.tokenizer
+    shared = how.align or own.tokenizer is STUDENT.tokenizer
     model, shows, key = asyncio.run(meet(how, own, shared))
     return HTTPTeacher(how, STUDENT, own, Ledger(at / "ledger.sqlite", run), model=model, shows=shows, key=key)
 
@@ -87,6 +88,36 @@ def test_a_server_that_only_echoes_scores_sampled_tokens(tmp_path: Path) -> None
         assert by.offers is Wants.SAMPLED
         [mine], [want] = answers(by, score(Wants.SAMPLED, LONG)), answers(local(), score(Wants.SAMPLED, LONG))
         np.testing.assert_allclose(mine.sampled, want.sampled, atol=1e-5)
+
+
+@pytest.mark.parametrize("shows", ["vllm", "echo"])
+def test_a_foreign_server_scores_the_spans_that_both_cut(shows: str, tmp_path: Path) -> None:
+    """Kept as the student's own scores, so that a replay needs no tokenizer of the teacher's."""
+    loaded = tiny.loaded(seed=1, tokenizer=tiny.byte_level(270))
+    ended = replace(
+        LONG, response_ids=(*LONG.response_ids, STUDENT.eos[0]), pieces=(*LONG.pieces, ""), old_logp=None, entropy=None
+    )
+    asks = [score(Wants.SAMPLED, LONG), score(Wants.SAMPLED, ended), score(Wants.SAMPLED, LONG, start=2, length=4)]
+    with serving(Completions(loaded, shows)) as server:
+        by = teacher(settings(server.url, align=True), tmp_path, loaded)
+        assert by.offers is Wants.SAMPLED
+        got = answers(by, *asks)
+    tokenizer, own = loaded.tokens.tokenizer, by.aligner
+    assert own is not None
+    for f in got:
+        ends = len(f.ask.rollout.response_ids) - len(LONG.pieces)
+        ids = (*own.written(f.ask.rollout).theirs, *loaded.tokens.eos[:ends])
+        logp = tiny.plain_logp(loaded.model, chat.prompt_ids(tokenizer, LONG.prompt), ids, len(tokenizer))
+        want, known = own.spans(own.written(f.ask.rollout), logp[range(len(ids)), list(ids)].numpy())
+        mine = slice(f.ask.start, None if f.ask.length is None else f.ask.start + f.ask.length)
+        np.testing.assert_array_equal(f.aligned, known[mine])
+        np.testing.assert_allclose(f.sampled, want[mine], atol=1e-4)
+    assert got[1].aligned is not None
+    assert got[1].aligned[-1]
+    again = ReplayTeacher(Replay(ledger=tmp_path / "ledger.sqlite"), STUDENT)
+    for mine, theirs in zip(answers(again, *asks), got, strict=True):
+        np.testing.assert_array_equal(mine.sampled, theirs.sampled)
+        np.testing.assert_array_equal(mine.aligned, theirs.aligned)
 
 
 def test_a_server_that_shows_nothing_offers_text(tmp_path: Path) -> None:
@@ -250,6 +281,32 @@ def test_fewer_answers_than_asked_for_are_asked_for_again(tmp_path: Path) -> Non
     base = asked[0][1]
     assert len(f.texts) == 5
     assert asked == [(5, base), (3, base + 2), (1, base + 4)]
+
+
+def test_a_server_with_few_slots_gets_as_many_samples_as_it_takes(tmp_path: Path) -> None:
+    """llama.cpp refuses n beyond its slots, and counts the tokens of one choice whatever n is."""
+    model = Completions(tiny.loaded(seed=1))
+
+    def slots(seen: servers.Seen) -> Said:
+        n = seen.body.get("n", 1)
+        if n > 4:
+            return Said({"error": {"message": f"Field 'n': Value must be between 1 <= value <= 4, but got {n}"}}, 400)
+        said = model(seen)
+        if isinstance(said.body, dict) and "usage" in said.body:
+            said.body["usage"]["completion_tokens"] //= n
+        return said
+
+    with serving(slots) as server:
+        by = teacher(settings(server.url), tmp_path)
+        first, second = answers(by, go_on(LONG, 4, n=10, length=2)), answers(by, go_on(LONG, 6, n=10, length=2))
+        asked = [(s.body["n"], s.body["seed"]) for s in server.answered if "seed" in s.body]
+        assert [len(f.texts) for f in [*first, *second]] == [10, 10]
+        assert len(server.seen) - len(server.answered) == 1, "it is told once"
+    assert sorted(n for n, _ in asked) == [2, 2, 4, 4, 4, 4]
+    seeds = [seed + i for n, seed in asked for i in range(n)]
+    assert len(set(seeds)) == len(seeds) == 20
+    ended = sum(finish == "stop" for finish in first[0].finishes)
+    assert first[0].usage.written >= 2 * (10 - ended)
 
 
 def test_a_server_is_kept_busy_but_not_flooded(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from potstill.decode import Decoding
 from potstill.errors import CheckpointError, TrainingError
 from potstill.learners.local import LocalLearner
 from potstill.methods.base import Method
+from potstill.methods.dagger import Dagger
+from potstill.methods.mix import Mix
 from potstill.methods.omniopd import OmniOPD
 from potstill.methods.opd import OPD
 from potstill.methods.sampled_kl import SampledKL
@@ -41,6 +43,8 @@ METHODS: dict[str, Method] = {
         mean="sequence", phased=Phased(share=0.5, loss="topk", top_k=5), clip_low=0.99, clip_high=1e3, dual_clip=1e3
     ),
     "omniopd": OmniOPD(chunks=2, continuations=2, chunk_length=3, beta=0.5),
+    "omniopd with imitation": OmniOPD(chunks=2, continuations=2, chunk_length=3, beta=0.5, dagger=1.0, max_ratio=1e3),
+    "dagger": Dagger(chunks=2, continuations=2, chunk_length=3),
 }
 TEXTS = ["It is 42.", "the cat sat on the mat", "naïve 🙂", "the dog and the cat", "4", "What is 30? It is 12."]
 METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -53,7 +57,9 @@ def said(ask: Ask, vocab: int = STUDENT.vocab) -> Feedback:
     rng = np.random.default_rng(length)
     logp = torch.from_numpy(rng.normal(size=(length, vocab)).astype(np.float32)).log_softmax(-1)
     if ask.wants is Wants.TEXT:
-        return Feedback(ask=ask, teacher="t", texts=("the cat", "It is 4")[: ask.n])
+        texts = ("the cat", "It is 4")[: ask.n]
+        ids = tuple(tuple(STUDENT.tokenizer.encode(text)) for text in texts)
+        return Feedback(ask=ask, teacher="t", texts=texts, ids=ids if ask.ids else ())
     values, ids = logp.topk(max(ask.k, 1), -1)
     own = logp.gather(-1, torch.tensor(ask.rollout.response_ids)[:, None])[:, 0]
     known: dict[str, Any] = {"topk_ids": ids.numpy(), "topk_logp": values.numpy()} if ask.wants is Wants.TOPK else {}
@@ -164,7 +170,9 @@ def test_the_gradient_does_not_depend_on_the_split_the_order_or_the_padding(meth
 def test_metrics_do_not_depend_on_the_split(method: Method) -> None:
     one, many = (learner(micro_batch=n).step(targets(method), method, 1) for n in (0, 1))
     assert one == pytest.approx(many, rel=1e-4, abs=1e-6)
-    assert one["trained_tokens"] == sum(len(t.rollout.response_ids) for t in targets(method))
+    branches = sum(c.share * len(c.ids) for t in targets(method) for c in t.continuations)
+    own = 0 if method.name == "dagger" else sum(len(t.rollout.response_ids) for t in targets(method))
+    assert one["trained_tokens"] == own + branches
 
 
 @METHOD
@@ -395,3 +403,38 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     learner(lora=LoRA(rank=4)).save(tmp_path)
     with pytest.raises(CheckpointError, match="is damaged"):
         learner(lora=LoRA(rank=8)).restore(tmp_path)
+
+
+# --- the angle between two terms ------------------------------------------------------------------------------------
+
+
+def test_the_cosine_of_two_terms_is_that_of_their_gradients_and_costs_the_run_nothing() -> None:
+    silent = Mix(alpha=0.5, clip_low=0.99, clip_high=1e3, dual_clip=1e3)
+    method = silent.model_copy(update={"cosine_every": 1})
+    batch = group_of(method)
+    parts = method.terms(batch, 1)
+    assert parts is not None
+    flat = [torch.cat([g.flatten() for g in gradient(learner(), silent, list(part)).values()]) for part in parts]
+    expected = torch.nn.functional.cosine_similarity(*flat, dim=0).item()
+    assert abs(expected) > 1e-3
+    for micro in (0, 2):
+        by, plain = learner(micro_batch=micro), learner(micro_batch=micro)
+        assert by.step(batch, method, 1)["term/cosine"] == pytest.approx(expected, abs=1e-5)
+        assert "term/cosine" not in plain.step(batch, silent, 1)
+        assert equal(weights(by), weights(plain))
+
+
+def test_terms_without_a_direction_have_no_cosine() -> None:
+    method = Mix(alpha=0.5, cosine_every=1)
+    assert "term/cosine" not in learner().step(group_of(method, verdict=1.0), method, 1), "all verdicts are alike"
+
+
+def group_of(method: Method, verdict: float | None = None) -> list[Target]:
+    """Answers to one prompt, right and wrong by turns."""
+    made = [
+        tiny.rollout(
+            STUDENT, text, ask=tiny.prompt("Why?", id="one"), verdict=float(i % 2) if verdict is None else verdict
+        )
+        for i, text in enumerate(TEXTS)
+    ]
+    return method.targets([Reviewed(rollout=r, feedback=tuple(said(a) for a in method.asks(r))) for r in made])

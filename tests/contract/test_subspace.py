@@ -70,6 +70,31 @@ def test_the_strict_modes_confine_the_update_with_its_weight_decay(mode: str):
     assert by.subspace.inside_share() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["step", "coord"])
+def test_in_double_precision_nothing_is_left_outside(mode: str):
+    loaded = tiny.loaded()
+    loaded.model.double()
+    confine = Projection.model_validate({"from": "random", "k": K, "at": 0.0, "mode": mode})
+    config = Learner(lr=0.01, weight_decay=0.1, clip=0.0)
+    by = LocalLearner(loaded, config, steps=9, seed=0, reference=False, lora=None, projection=confine)
+    for step in (1, 2, 3):
+        by.step(targets(OPD), OPD, step, (step - 1) / 3)
+    assert by.subspace is not None
+    for name, w in by.subspace.weights.items():
+        assert outside(by, name, w.detach() - by.subspace.since[name]) < 1e-6
+
+
+def test_no_direction_at_all_stops_the_matrices_and_nothing_else():
+    before = weights(learner())
+    by = trained(2, k=0, mode="step", matrices="attention", **{"from": "self", "at": 0.5})
+    first = weights(trained(1, at=0.9))
+    attention = set(linear_weights(by.model, "attention"))
+    for name, w in weights(by).items():
+        assert torch.equal(w, first[name]) == (name in attention), name
+        assert not torch.equal(w, before[name]), name
+    assert by.step(targets(OPD), OPD, 3, 0.9)["projection/inside"] == 1
+
+
 def test_coordinates_are_adam_on_the_projected_gradient():
     """One step by hand: B = -lr sign(G V) at the first step of Adam, without decay; W = W_at + B V^T."""
     by = learner(mode="coord")
@@ -219,6 +244,7 @@ def test_recordings_after_the_last_checkpoint_are_made_again(tmp_path: Path):
             ["projection.from = 'nowhere.npz' is neither", "geometry/step_N.npz"],
         ),
         (["projection={mode='adam'}"], ["projection.mode = 'adam'"]),
+        (["projection={k=0}"], ["k = 0 stops the weights", 'Set mode = "step"']),
         (["projection={form='self'}"], ["projection.form", "did you mean 'from'"]),
     ],
 )

@@ -229,3 +229,51 @@ def test_a_response_of_one_token_can_be_asked_about() -> None:
     assert scored.sampled is not None
     assert scored.sampled.shape == (1,)
     assert len(written.texts) == 3
+
+
+# --- another tokenizer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wants", [Wants.SAMPLED, Wants.TOPK, Wants.FULL])
+def test_aligned_to_its_own_tokenizer_a_teacher_scores_as_ever(wants: Wants) -> None:
+    asks = [score(wants, r, k=5) for r in (ROLLOUTS[0], LONG, ROLLOUTS[3])]
+    for a, b in zip(answers(teacher(), *asks), answers(teacher(align=True), *asks), strict=True):
+        assert a.aligned is None
+        assert b.aligned is not None
+        assert b.aligned.all()
+        for name in ("sampled", "topk_ids", "topk_logp", "logp"):
+            mine, theirs = getattr(a, name), getattr(b, name)
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                np.testing.assert_allclose(theirs, mine, atol=1e-5)
+
+
+def test_a_foreign_teacher_scores_what_it_can_place() -> None:
+    """Its own tokens of the text, read behind its own rendering of the prompt; sampled tokens are known at more places."""
+    tokenizer = tiny.byte_level(270)
+    by = teacher(tiny.loaded(seed=1, tokenizer=tokenizer), align=True)
+    assert by.foreign
+    assert by.offers is Wants.FULL
+    full, sampled, top = answers(by, *(score(w, LONG, k=4) for w in (Wants.FULL, Wants.SAMPLED, Wants.TOPK)))
+    for f in (full, sampled, top):
+        assert f.aligned is not None
+        assert f.sampled is not None
+        assert np.isfinite(f.sampled).all()
+        assert f.aligned.shape == f.sampled.shape == (len(LONG.response_ids),)
+    assert full.logp is not None
+    assert top.topk_logp is not None
+    assert 0 < full.aligned.sum() < sampled.aligned.sum()
+    np.testing.assert_allclose(np.exp(full.logp[full.aligned]).sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(sampled.sampled[full.aligned], full.sampled[full.aligned])
+    np.testing.assert_array_equal(top.topk_logp, -np.sort(-full.logp, -1)[:, :4])
+    prompt, ids = (tuple(x) for x in (chat.prompt_ids(tokenizer, LONG.prompt), tokenizer.encode(LONG.text())))
+    assert full.usage.read == len(prompt) + len(ids)
+    logp = tiny.plain_logp(by.loaded.model, prompt, ids, len(tokenizer))
+    assert by.aligner is not None
+    spans, known = by.aligner.spans(by.aligner.written(LONG), logp[range(len(ids)), list(ids)].numpy())
+    alone = sampled.aligned & ~full.aligned
+    assert known.numpy()[alone].all()
+    np.testing.assert_allclose(sampled.sampled[alone], spans.numpy()[alone], atol=1e-4)
+    [part] = answers(by, score(Wants.SAMPLED, LONG, start=3, length=5))
+    np.testing.assert_array_equal(part.sampled, sampled.sampled[3:8])
+    np.testing.assert_array_equal(part.aligned, sampled.aligned[3:8])

@@ -114,7 +114,26 @@ RECIPES = {
         ["teacher.path=lab/foreign"],
         "do not share a tokenizer",
         "lab/student has 23 tokens, lab/foreign has",
+        "teacher.align = true",
         "omniopd",
+    ),
+    "aligned to its own tokenizer": (["teacher.align=true"], "lab/teacher has the student's own", "no effect"),
+    "aligned, but text only": (
+        ["teacher={path='lab/foreign', align=true, text_only=true}"],
+        "teacher.text_only leaves only text",
+    ),
+    "aligned without scores": (
+        [*OVERRIDES["omniopd"], "teacher={path='lab/foreign', align=true}"],
+        "omniopd as set here asks for none",
+        "such as opd",
+    ),
+    "aligned server for top-k": (
+        [
+            "method.top_k=4",
+            "teacher={kind='http', base_url='http://localhost:1/v1', tokenizer='lab/foreign', align=true}",
+        ],
+        "do not say which the student's would be",
+        "Use sampled_kl",
     ),
     "unknown lab model": (["student.path=lab/studnet"], "no lab model 'studnet'", "did you mean 'student'?"),
     "missing model folder": (["student.path=./nowhere"], "no folder ./nowhere", "lab/NAME"),
@@ -257,8 +276,9 @@ def test_a_teacher_that_gives_up_in_the_middle(here: Path, monkeypatch: pytest.M
     answer, calls = HFTeacher.feedback, []
 
     async def fewer(self: HFTeacher, asks: Any) -> Any:
-        calls.append(1)
         said = await answer(self, asks)
+        if asks[0].of == "teacher":
+            calls.append(1)
         return said if len(calls) < 3 else [replace(f, texts=f.texts[:-1]) for f in said]
 
     monkeypatch.setattr(HFTeacher, "feedback", fewer)

@@ -53,6 +53,42 @@ FAULTS = {
         "teacher.temperature = 0",
         "or ask once",
     ),
+    "alternatives that nobody asks for": (
+        ["method={name='omniopd', chunk_length=2, alternatives=3}"],
+        "method.alternatives = 3",
+        'set baseline = "own"',
+    ),
+    "a baseline of one chunk": (
+        ["method={name='omniopd', chunk_length=2, chunks=1, baseline='mean'}"],
+        "leave only one",
+        "Raise either",
+    ),
+    "a ratio that is always 1": (
+        ["method={name='omniopd', chunk_length=2, max_ratio=2.0}"],
+        "method.max_ratio = 2",
+        "learner.updates = 1",
+    ),
+    "a deviation that is never reached": (
+        ["method={name='omniopd', chunk_length=2, continuations=4, narrow=0.1}"],
+        "method.narrow = 0.1",
+        "after 2 texts",
+        "0.194",
+    ),
+    "a deviation of nothing to save": (
+        ["method={name='omniopd', chunk_length=2, continuations=2, narrow=0.2}"],
+        "method.narrow = 0.2",
+        "remove narrow",
+    ),
+    "shuffled texts one after the other": (
+        ["method={name='omniopd', chunk_length=2, narrow=0.2}", "teacher.shuffled=true"],
+        "teacher.shuffled",
+        "Set method.narrow = 0",
+    ),
+    "tokens chosen of a teacher's": (
+        ["method={name='dagger', chunk_length=2}", "select.by=entropy"],
+        "[select] keeps some",
+        "dagger",
+    ),
     "a horizon for verdicts": (
         ["-teacher", "method.name=grpo", "rollouts={group=2, horizon={start=8}}"],
         "rollouts.horizon",

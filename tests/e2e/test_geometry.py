@@ -49,7 +49,13 @@ def test_a_run_is_measured_from_its_own_start(potstill: Command) -> None:
     floors = {row["step"]: row["wd_floor"] for row in figures["rows"]}
     assert floors == pytest.approx({1: 1e-4, 2: 2e-4}, rel=1e-3), "lr 1e-3 times decay 0.1, once and twice"
     assert "tokens of tiny's rollouts" in figures["inputs"]
-    assert sorted(p.name for p in out.iterdir()) == ["geometry.csv", "geometry.html", "geometry.json", "vectors.npz"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "geometry.csv",
+        "geometry.html",
+        "geometry.json",
+        "masks.npz",
+        "vectors.npz",
+    ]
     assert potstill("geometry", "runs/tiny").code == 2, "nothing is overwritten"
 
 

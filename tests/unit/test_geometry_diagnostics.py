@@ -74,7 +74,8 @@ def test_sparsity_of_zeros_flips_and_moves_below_half_a_spacing():
 def test_no_code_that_is_not_a_number_slips_through():
     finite = torch.tensor([0.0, -0.0, 0.02, -0.02, 3.0, -3e38]).bfloat16()
     for bad in EVERY_CODE[~torch.isfinite(EVERY_CODE)]:
-        for pair in ((finite[None], torch.stack([*finite[:5], bad])[None]), (bad[None, None], bad[None, None])):
+        small, among = finite[None, :4], torch.stack([*finite[:5], bad])[None]
+        for pair in ((finite[None], among), (small, among[:, 2:]), (bad[None, None], bad[None, None])):
             with pytest.raises(ConfigError, match="has no geometry"):
                 update_sparsity(*pair)
             with pytest.raises(ConfigError, match="has no geometry"):

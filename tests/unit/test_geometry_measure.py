@@ -10,10 +10,10 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from potstill.errors import ConfigError
-from potstill.geometry import decompose, measure, noise_trajectory, stable_rank, subspace_similarity
+from potstill.geometry import decompose, mask_jaccard, measure, noise_trajectory, stable_rank, subspace_similarity
 from potstill.geometry.aggregate import growth, spread, weighted_sparsity
 from potstill.geometry.rows import density_map
 from potstill.geometry.trajectory import bases, follow
@@ -197,7 +197,10 @@ def test_inputs_with_few_directions_lock_noise():
     assert own["sim_V"] == pytest.approx(subspace_similarity(walk[0], walk[1]))
     assert own["sim_V_null"] == pytest.approx(own["sim_V"], abs=0.1)
     assert own["sim_V_null"] > 0.7
+    assert own["sim4_V_null"] > 0.7
     assert own["inputs"] > 0.7
+    ranks = [c["srank_noise"] for c in follow(found, after, [10, 50], (80, 100), key=1, covariance=covariance).columns]
+    assert ranks == pytest.approx([stable_rank(dw) for dw in walk], rel=0.2), "flat, and learns nothing"
     white = follow(found, after, [10, 50], (80, 100), key=1).columns[0]
     assert white["sim_V_null"] < 0.5, "white inputs do not lock"
 
@@ -217,9 +220,36 @@ def test_geometries_are_compared_at_equal_progress_and_at_equal_norm(walked: Pat
     assert compared["between"]["similarity"][0][1] == pytest.approx(1, abs=1e-3), "the same directions"
     page = geometry_compare.render(compared)
     assert "geometry-large, step 100" in page
+    assert "Do they change the same weights?" in page
+    assert "figures 6 and 8" not in page, "folders have no scores"
     for wrong in (folders[:1], [folders[0], folders[0]]):
         with pytest.raises(ConfigError):
             geometry_compare.compare(wrong)
+
+
+def test_masks_of_two_runs_overlap_as_random_ones_do_unless_they_agree(tmp_path: Path):
+    w0, shared = start(), noise(1e-4, seed=7)
+    folder(tmp_path / "w0", w0)
+    for label, seed in (("a", 1), ("b", 2)):
+        own = noise(1e-5, seed=seed)
+        apart = folder(tmp_path / f"{label}1", plus(w0, noise(1e-4, seed=seed)))
+        alike = folder(tmp_path / f"{label}2", plus(w0, plus(shared, own)))
+        for name, path in (("apart", apart), ("alike", alike)):
+            measure(tmp_path / "w0", [path], out=tmp_path / f"{name}-{label}", cache=tmp_path / "cache")
+    for name in ("apart", "alike"):
+        found = geometry_compare.compare([tmp_path / f"{name}-a", tmp_path / f"{name}-b"])["between"]["masks"]
+        jaccard, random, chance = (found[what][0][1] for what in ("jaccard", "random", "chance"))
+        q0 = w0[Q].bfloat16()
+        masks = [load(tmp_path / f"{label}{1 + (name == 'alike')}", Q) != q0 for label in "ab"]
+        by_hand = mask_jaccard(masks[0], masks[1])
+        assert jaccard == pytest.approx(by_hand.jaccard, abs=1e-6)
+        assert chance == pytest.approx(by_hand.chance, abs=1e-3)
+        assert random > chance + 0.05, "small weights change in any update"
+        assert (jaccard > random + 0.3) if name == "alike" else jaccard == pytest.approx(random, abs=0.02)
+
+
+def load(path: Path, name: str) -> torch.Tensor:
+    return load_file(path / "model.safetensors")[name].bfloat16()
 
 
 def test_aggregates_by_hand():

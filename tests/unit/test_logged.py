@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.small import OVERRIDES, parsed
+from tests.servers import Completions, serving
 
 from potstill import loop
 from potstill.logged import LOGGED
+from potstill.models import load
 from potstill.registry import METHODS
 from potstill.run import Run
 
@@ -18,7 +20,11 @@ LABELS = {"name", "split", "questions", "samples", "temperature", "top_p", "seed
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("logged")
-    return {name: loop.train(parsed("steps=1", *overrides), Path(root / name)) for name, overrides in OVERRIDES.items()}
+    made = {name: loop.train(parsed("steps=1", *overrides), Path(root / name)) for name, overrides in OVERRIDES.items()}
+    with serving(Completions(load("lab/teacher"))) as server:
+        remote = f"teacher={{kind='http', base_url='{server.url}/v1', tokenizer='lab/teacher'}}"
+        made["behind a server"] = loop.train(parsed("steps=1", remote, OVERRIDES["dagger"][0]), root / "server")
+    return made
 
 
 def written(run: Run) -> set[str]:

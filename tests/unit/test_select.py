@@ -59,6 +59,26 @@ def test_every_answer_keeps_its_share():
     assert [t.weight.tolist() for t in select([a, b], "entropy", 0.5, "answer")] == [[0, 0, 1, 1], [0, 1]]
 
 
+@settings(derandomize=True, database=None, max_examples=50)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.05, 0.95), st.booleans())
+def test_an_answer_weighs_the_same_whatever_it_lost(lengths, keep, chance):
+    """r~_t = (T / sum m) m_t r_t: over an answer its mean is that of r over the kept tokens (arXiv:2606.07082, Sec. 5)."""
+    targets = [target([i * 0.1 for i in range(n)], [-float(i % 3) for i in range(n)], seed=n) for n in lengths]
+    got = select(targets, "random" if chance else "gap", keep, "answer")
+    trained = sum(int((t.weight != 0).sum()) for t in got)  # what the loss is divided by
+    for n, t in zip(lengths, got, strict=True):
+        r, m = torch.arange(1.0, n + 1), t.weight != 0
+        assert int(m.sum()) == max(int(keep * n), 1)
+        mean = r[m].mean().item()
+        assert (t.weight * r).sum().item() / trained == pytest.approx(n / sum(lengths) * mean, rel=1e-5)
+
+
+def test_the_gap_is_signed():
+    """Of d = -3 (the student too sure) and d = +4 (the teacher surer), the first is kept, though |d| is smaller."""
+    [t] = select([target([0.0] * 2, [-4.0, 3.0])], "gap", 0.5, "answer")
+    assert t.weight.tolist() == [1, 0]
+
+
 def test_tip_takes_the_uncertain_and_the_overconfident():
     entropy = [1.0, 0.0, 0.0, 0.5]
     teacher = [-1.0, -9.0, -1.0, -1.0]  # only the second is a disagreement

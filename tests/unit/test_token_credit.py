@@ -277,6 +277,33 @@ def test_identities_hold_for_the_gradient_too(name):
     assert torch.equal(*grads)
 
 
+def test_the_two_terms_of_the_mix_add_up_and_their_angle_is_that_of_the_stated_gradients():
+    """At ratio 1 the loss's gradient is -1/N sum A_t grad log pi(y_t), linear in A: alpha d_t and (1 - alpha) A_i apart."""
+    alpha, method = 0.3, Mix(alpha=0.3, cosine_every=2)
+    made = group(method, YS, MIXED)
+    assert method.terms(made, 3) is None
+    parts = method.terms(made, 4)
+    assert parts is not None
+
+    def of(targets: Sequence[Target]) -> torch.Tensor:
+        theta = THETA.clone().requires_grad_()
+        loss, _ = method.loss(Tabular(theta, YS), double(collate(targets)))
+        return torch.autograd.grad(loss, theta)[0].flatten()
+
+    def stated(credit: torch.Tensor) -> torch.Tensor:
+        theta = THETA.clone().requires_grad_()
+        logp = torch.stack([rows(theta, y).gather(-1, torch.tensor(y)[:, None])[:, 0] for y in YS])
+        return -torch.autograd.grad((credit * logp).mean(), theta)[0].flatten()
+
+    at = torch.tensor(YS)[..., None]
+    d = torch.stack([rows(TEACHER, y) - rows(THETA, y) for y in YS]).gather(-1, at)[..., 0]
+    advantage = torch.tensor([normal(MIXED, i) for i in range(len(YS))], dtype=torch.float64)[:, None].expand_as(d)
+    teacher, verifier = map(of, parts)
+    torch.testing.assert_close(teacher, stated(alpha * d), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(verifier, stated((1 - alpha) * advantage), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(teacher + verifier, of(made), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize("method", [GRPO(), GRPO(std=False), RLSD(), GRPD(), Mix(alpha=0)])
 def test_a_group_whose_answers_score_alike_teaches_nothing(method, reward):

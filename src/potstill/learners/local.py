@@ -60,7 +60,7 @@ class LocalPolicy:
             out = self._model(
                 input_ids=ids[:, :-1],
                 attention_mask=read[:, :-1],
-                position_ids=(column[:-1] - start).clamp(min=0),
+                position_ids=(read[:, :-1].long().cumsum(1) - 1).clamp(min=0),
                 logits_to_keep=self._batch.labels.shape[1],
                 use_cache=False,
             )
@@ -149,6 +149,8 @@ class LocalLearner:
             group["lr"] = rate
         if self.subspace and not self.subspace.bases and done >= self.subspace.config.at:
             self._confine(targets)
+        terms = method.terms(targets, step)
+        compared = self._cosine(*terms, method) if terms else {}
         for update in range(self.config.updates):
             rows.append(self._gradient(targets, method, step, update))
             self._step()
@@ -156,7 +158,7 @@ class LocalLearner:
         joined |= {name: rows[0][name] for name in FIRST if name in rows[0]}
         if self.subspace and self.subspace.bases:
             joined["projection/inside"] = self.subspace.inside_share()
-        return joined | {"lr": rate, "trained_tokens": count_tokens(targets)}
+        return joined | compared | {"lr": rate, "trained_tokens": count_tokens(targets)}
 
     def _step(self) -> None:
         if self.subspace is None or not self.subspace.bases:
@@ -222,6 +224,23 @@ class LocalLearner:
                     "checkpoint as student.path to keep what was learnt"
                 )
         return metrics
+
+    def _cosine(self, a: Sequence[Target], b: Sequence[Target], method: Method) -> dict[str, float]:
+        """Cosine of the gradients of the loss on two versions of the targets; nothing if one of them is zero."""
+        moving = [p for p in self.model.parameters() if p.requires_grad]
+        found: list[Tensor] = []
+        for targets in (a, b):
+            n_tokens = count_tokens(targets)
+            total = torch.zeros(sum(p.numel() for p in moving), dtype=torch.float64)
+            for micro in self._micro(targets):
+                batch = moved(collate(micro, n_tokens, len(targets)), self.model.device)
+                with self._autocast():
+                    loss, _ = method.loss(self.policy(batch), batch)
+                grads = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
+                total += torch.cat([g.flatten() for g in grads]).double().cpu()
+            found.append(total)
+        lengths = found[0].norm() * found[1].norm()
+        return {"term/cosine": (found[0] @ found[1] / lengths).item()} if lengths else {}
 
     def initial(self) -> tuple[Loaded, Context]:
         """The frozen initial student, and what to enter while it is asked."""

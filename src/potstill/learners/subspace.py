@@ -10,7 +10,8 @@ size. So the share of the realised update that lies inside is logged. `step` and
 several times shorter at the same learning rate. Adam's moments are kept when the projection starts, but for B, which has
 none. Which of this the paper does is not known, nor which matrices it means; `matrices` says.
 
-V comes from the update so far (`self`), from a recording of another run, from the layer's inputs, or at random.
+V comes from the update so far (`self`), from a recording of another run, from the layer's inputs, or at random. K = 0 is
+the control that stops: these weights stay where they were, and the others train on.
 """
 
 import re
@@ -68,6 +69,8 @@ class Subspace:
 
     def _basis(self, name: str, weight: Float[Tensor, "m n"], inputs: Matrices) -> Float[Tensor, "n K"]:
         k, source = min(self.config.k, *weight.shape), self.config.basis
+        if k == 0:
+            return weight.new_zeros(weight.shape[1], 0)
         if source == "self":
             moved = weight - self.start[name]
             if not moved.any():

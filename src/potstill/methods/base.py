@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel
 from torch import Tensor
 
 from potstill.phased import Phased
-from potstill.types import Ask, Author, Batch, Prompt, Reviewed, Rollout, Target, Wants
+from potstill.types import Ask, Author, Batch, Feedback, Prompt, Reviewed, Rollout, Target, Wants
 
 Need = Literal["entropy", "reference", "variety", "verdict", "group"]
 """The entropies of a rollout; the frozen initial student; a teacher whose answers differ (temperature > 0); prompts with
@@ -63,8 +64,14 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         """What it needs of the rest of the run."""
         return frozenset()
 
-    def check(self, max_tokens: int) -> None:
-        """Raise ConfigError if the fields make no sense for answers of at most `max_tokens` tokens."""
+    def check(self, max_tokens: int, *, group: int, updates: int) -> None:
+        """Raise ConfigError if the fields make no sense.
+
+        Args:
+            max_tokens: Longest answer.
+            group: Answers to each prompt.
+            updates: Optimiser steps on each batch.
+        """
         return
 
     @property
@@ -76,6 +83,11 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
     def examples(self) -> Phased | None:
         """A schedule by which verified answers of the teacher come among the student's; none: the student's alone."""
         return None
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the teacher's continuations are labels, its end token among them."""
+        return False
 
     @property
     def refers_to(self) -> Literal["start", "base"] | None:
@@ -96,9 +108,17 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         """What to ask the teacher about one rollout; nothing is fine."""
         return []
 
+    def more(self, said: Sequence[Feedback]) -> list[Ask]:
+        """What to ask next, now that all this was said in the step; asked until there is nothing more."""
+        return []
+
     @abstractmethod
     def targets(self, group: Sequence[Reviewed]) -> list[Target]:
         """What each token of one prompt's rollouts is worth."""
+
+    def terms(self, targets: Sequence[Target], step: int) -> tuple[Sequence[Target], Sequence[Target]] | None:
+        """The targets with one term of the credit each, where the directions of both are to be compared at this step."""
+        return None
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:
@@ -117,3 +137,10 @@ def whole(
     if not rollout.response_ids:
         return []
     return [Ask(rollout=rollout, view=view or rollout.prompt, wants=wants, k=k, of=of)]
+
+
+def weighed(feedback: Feedback | None, rollout: Rollout) -> Float[Tensor, " T"]:
+    """1 on the tokens of a rollout of which the teacher's view is known: all, unless its tokenizer is another."""
+    if feedback is None or feedback.aligned is None:
+        return torch.ones(len(rollout.response_ids))
+    return torch.from_numpy(feedback.aligned).float()

@@ -9,53 +9,69 @@
                   + beta sum_{t in no c} KL( pi_ref(. | h_t) || pi_theta(. | h_t) ) ]                          (Eq. 8)
 
 n counts all response tokens, for both terms: dividing each by its own count would change the exchange rate beta by
-|U| / (M C). pi_ref is the student's frozen initial weights. Read as a policy gradient, w_c is a reward without a
-baseline: the loss never pushes a chunk down, it only reinforces some less than others.
+|U| / (M C). With `dagger` it also counts the continuations, each by its share 1/N. pi_ref is the student's frozen initial
+weights. Read as a policy gradient, w_c is a reward without a baseline: the loss never pushes a chunk down, it only
+reinforces some less than others.
 
 The paper leaves open, and we take: the anchor is the first token of its chunk; overlapping chunks are skipped
 (`overlap`); ties go to the earlier position; C counts student tokens (`unit`); phi sees texts stripped of white space.
 The defaults are the paper's, for answers of thousands of tokens. Short answers need short chunks, or the one wrong
 character in a chunk drowns in the right ones: see docs/omniopd.md.
+
+Not in the paper, all off by default, to learn more from the same answers:
+
+    w_c - b_c in place of w_c, b_c a control variate                                                           (baseline)
+      mean           the mean of w over the group's chunks; holds w_c itself and what depends on it, so it is biased
+      leave_one_out  the same without c and without later chunks of the same answer, which depend on y_c; 0 if none is left
+      own            1/(J (N + alpha)) sum_ij phi(v_j, u_i),  v_1..v_J ~ pi_old(. | x, y_<c), the student's own
+    - dagger * sum_c 1/N sum_i log pi_theta(u_i | x, y_<c)       added to the sum: imitation, as in method dagger (dagger)
+    min(pi_theta(y_t) / pi_old(y_t), cap) w_c                    for several updates on one rollout         (max_ratio)
+    N_c = the first n with sd Beta(1 + k_c, 1 + n - k_c) <= sd   at most N, 2 more each time                   (narrow)
+
+`leave_one_out` and `own` leave the expected gradient as it is where the places of the chunks do not depend on what is
+written in them; with "peak_entropy" they do, a little. `max_ratio` corrects each token by itself, as PPO does: exact for
+chunks of one token. `narrow` stops where the answers agree, so it pushes w_c towards 0 and 1.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from potstill.chunks import Overlap, Scheduler, chunk_prior, chunk_target, plan_chunks
-from potstill.divergence import forward_kl
-from potstill.errors import ConfigError, TeacherError, TrainingError
-from potstill.methods.base import Method, Metrics, Need, Policy
-from potstill.seeds import derive
+from potstill.errors import ConfigError
+from potstill.methods.audited import Audited, audit, branches_of, by_chunk, demand, imitated, info_of
+from potstill.methods.base import Metrics, Policy
 from potstill.similarity import get as similarity
-from potstill.types import Ask, Audit, Batch, Feedback, Reviewed, Rollout, Target, Wants
+from potstill.types import Ask, Audit, Batch, Feedback, Reviewed, Rollout, Target
+
+ROUND = 2
+"""Continuations asked for at once where N is found one after the other: two that agree can already be enough."""
 
 
-class OmniOPD(Method):
+class OmniOPD(Audited):
     """Chunks at the student's most uncertain tokens, weighed by how alike the teacher would have gone on."""
 
     name: Literal["omniopd"] = "omniopd"
-    chunks: int = Field(10, gt=0)
-    """M, at most this many chunks per rollout."""
-    continuations: int = Field(10, gt=0)
-    """N, teacher samples per chunk."""
-    chunk_length: int = Field(50, gt=0)
-    """C, tokens per chunk."""
     alpha: float = Field(1.0, ge=0)
     """Weight of the student's own belief, in samples."""
     beta: float = Field(0.1, ge=0)
     """Weight of the KL to the initial student outside the chunks. At 0 the paper's run collapses (Table 6)."""
     similarity: Literal["edit", "rouge1", "exact", "token_f1", "embedding"] = "edit"
     """phi. `edit`: characters; `exact` suits chunks of a few tokens."""
-    scheduler: Scheduler = "peak_entropy"
-    """Where chunks go: at the largest entropies, at even distances, or at random."""
-    overlap: Overlap = "skip"
-    """Where two anchors are closer than C: take the next position, merge the chunks, or draw another position."""
-    unit: Literal["student", "teacher"] = "student"
-    """Whose tokens the teacher's C counts."""
+    baseline: Literal["none", "mean", "leave_one_out", "own"] = "none"
+    """What is subtracted from a chunk's weight, so that it can also be pushed down."""
+    alternatives: int = Field(1, gt=0)
+    """J, the student's own continuations per chunk, for baseline = "own". They cost no teacher token."""
+    dagger: float = Field(0.0, ge=0)
+    """Weight of the likelihood of the teacher's continuations: the mix with method dagger."""
+    max_ratio: float | None = Field(None, ge=1)
+    """Weigh tokens by pi_theta / pi_old, at most this, for learner.updates > 1; unset: as if they were on-policy."""
+    narrow: float = Field(0.0, ge=0, lt=0.223)
+    """Stop asking about a chunk when its agreement is known to this standard deviation; 0: always ask N times. Two texts of
+    which one agrees leave 0.224, so above that two would always do."""
 
     @field_validator("similarity")
     @classmethod
@@ -64,109 +80,148 @@ class OmniOPD(Method):
         return name
 
     @property
-    def wants(self) -> Wants:
-        """Text."""
-        return Wants.TEXT
+    def imitates(self) -> bool:
+        """In the mix with dagger."""
+        return self.dagger > 0
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Entropies to choose the chunks, the initial student to stay close to, a teacher that samples."""
-        needs: set[Need] = set()
-        if self.scheduler == "peak_entropy":
-            needs.add("entropy")
-        if self.beta > 0:
-            needs.add("reference")
-        if self.continuations > 1:
-            needs.add("variety")
-        return frozenset(needs)
-
-    def check(self, max_tokens: int) -> None:
-        """Chunks must fit into an answer."""
-        if self.chunk_length > max_tokens:
+    def check(self, max_tokens: int, *, group: int, updates: int) -> None:
+        """Chunks must fit, and each field must be able to do something."""
+        super().check(max_tokens, group=group, updates=updates)
+        if self.alternatives > 1 and self.baseline != "own":
             raise ConfigError(
-                f"method.chunk_length = {self.chunk_length} is longer than the longest answer, rollouts.max_tokens = "
-                f"{max_tokens}, so nothing would be audited. Lower the one or raise the other"
+                f"method.alternatives = {self.alternatives} are the student's own continuations for a baseline, but "
+                f'baseline = "{self.baseline}" asks for none. Remove it, or set baseline = "own"'
+            )
+        if self.baseline in ("mean", "leave_one_out") and self.chunks * group == 1:
+            raise ConfigError(
+                f'method.baseline = "{self.baseline}" compares the chunks of a prompt\'s answers, but method.chunks = 1 and '
+                'rollouts.group = 1 leave only one. Raise either, or use baseline = "own"'
+            )
+        if self.max_ratio and updates == 1:
+            raise ConfigError(
+                f"method.max_ratio = {self.max_ratio:g} bounds the ratio of later updates on a batch, but "
+                "learner.updates = 1, so every ratio is 1. Raise updates, or remove max_ratio"
+            )
+        most = (self.continuations - 1) // ROUND * ROUND  # texts after the last round that could end it early
+        narrowest = _deviation(0.0, most)
+        if self.narrow and (most == 0 or self.narrow < narrowest):
+            raise ConfigError(
+                f"method.narrow = {self.narrow:g} never ends the asking before method.continuations = {self.continuations}: "
+                f"after {most} texts the standard deviation is {narrowest:.3f} at best, so all are always asked for, in more "
+                "requests. Raise either, or remove narrow"
             )
 
     def asks(self, rollout: Rollout) -> list[Ask]:
         """One question per chunk, in ascending order: how would you go on here, N times?"""
-        if rollout.entropy is None and "entropy" in self.needs:
-            raise TrainingError(
-                f"omniopd chooses chunks by entropy, but rollout {rollout.key} has none: its sampler does not return "
-                'them. Use a sampler that does, or set method.scheduler = "uniform"'
-            )
-        plan = plan_chunks(
-            rollout.entropy or [0.0] * len(rollout.response_ids),
-            self.chunks,
-            self.chunk_length,
-            scheduler=self.scheduler,
-            overlap=self.overlap,
-            seed=derive(rollout.seed, "chunks"),
-        )
+        n = min(ROUND, self.continuations) if self.narrow else self.continuations
+        asks = self.anchors(rollout, n=n, ids=self.dagger > 0)
+        if self.baseline == "own":
+            asks += [replace(ask, of="student", n=self.alternatives, ids=False, unit="student") for ask in asks]
+        return asks
+
+    def more(self, said: Sequence[Feedback]) -> list[Ask]:
+        """The same question again where the answers so far leave the agreement open."""
+        if not self.narrow:
+            return []
+        about: dict[tuple[str, int], list[Feedback]] = {}
+        for feedback in said:
+            about.setdefault(feedback.ask.rollout.key, []).append(feedback)
+        open_ = [chunk for mine in about.values() for chunk in by_chunk(mine) if not self._known(chunk)]
+        return [replace(c[-1].ask, first=n, n=min(ROUND, self.continuations - n)) for c in open_ for n in [_texts(c)]]
+
+    def _known(self, said: Sequence[Feedback]) -> bool:
+        """Whether enough texts are there: N, or a Beta posterior (from an even prior) that is narrow enough."""
+        n, k = _texts(said), audit(said, similarity(self.similarity), self.alpha).k_sem
+        return n >= self.continuations or _deviation(k, n) <= self.narrow
+
+    def audits(self, r: Reviewed) -> list[Audit]:
+        """The chunks of one rollout; without baseline, or with the student's own. Raises TeacherError if texts are missing.
+
+        Where texts were asked for one after the other, those that came count.
+        """
+        phi, out = similarity(self.similarity), []
+        own = {f.ask.start: f.texts for f in r.feedback if f.ask.of == "student"}
+        for chunk in by_chunk(r.feedback):
+            if not self.narrow:
+                demand(chunk, self.continuations)
+            a = audit(chunk, phi, self.alpha)
+            if self.baseline == "own":
+                pairs = [phi(v.strip(), u.strip()) for v in own[a.start] for u in a.continuations]
+                a = replace(a, baseline=sum(pairs) / len(own[a.start]) / (len(a.similarity) + self.alpha))
+            out.append(a)
+        return out
+
+    def _with_baseline(self, group: Sequence[Sequence[Audit]]) -> list[list[Audit]]:
+        """The means over chunks of a group, which have to see all of it."""
+        if self.baseline in ("none", "own"):
+            return [list(audits) for audits in group]
+        everything = [a.target for audits in group for a in audits]
+
+        def others(i: int, j: int) -> list[float]:
+            return [a.target for k, audits in enumerate(group) for a in (audits if k != i else audits[:j])]
+
         return [
-            Ask(
-                rollout=rollout,
-                view=rollout.prompt,
-                wants=Wants.TEXT,
-                start=chunk.start,
-                length=chunk.length,
-                n=self.continuations,
-                unit=self.unit,
-            )
-            for chunk in plan
+            [
+                replace(a, baseline=_mean(everything if self.baseline == "mean" else others(i, j)))
+                for j, a in enumerate(row)
+            ]
+            for i, row in enumerate(group)
         ]
 
-    def audit(self, feedback: Feedback) -> Audit:
-        """k_c, p_c and w_c of one chunk (Eq. 3-5). Raises TeacherError when answers are missing."""
-        ask = feedback.ask
-        assert ask.length is not None and ask.rollout.old_logp is not None
-        if len(feedback.texts) != self.continuations:
-            raise TeacherError(
-                f"teacher {feedback.teacher!r} returned {len(feedback.texts)} of {self.continuations} continuations for "
-                f"rollout {ask.rollout.key} at token {ask.start}; a missing answer would count as disagreement. "
-                "Let the teacher repeat failed requests, or lower method.continuations"
-            )
-        phi = similarity(self.similarity)
-        mine = ask.rollout.text(ask.start, ask.length)
-        alike = tuple(phi(mine.strip(), text.strip()) for text in feedback.texts)
-        k_sem = sum(alike)
-        pi_bar = chunk_prior(ask.rollout.old_logp[ask.start : ask.start + ask.length])
-        return Audit(
-            start=ask.start,
-            length=ask.length,
-            text=mine,
-            continuations=feedback.texts,
-            similarity=alike,
-            k_sem=k_sem,
-            pi_bar=pi_bar,
-            target=chunk_target(k_sem, pi_bar, self.continuations, self.alpha),
-        )
-
     def targets(self, group: Sequence[Reviewed]) -> list[Target]:
-        """w_c on audited tokens, the anchor on all others; a rollout too short to audit is only anchored."""
+        """w_c - b_c on audited tokens, the anchor on all others; a rollout too short to audit is only anchored."""
         out: list[Target] = []
-        for r in group:
-            length = len(r.rollout.response_ids)
-            audits = tuple(self.audit(f) for f in sorted(r.feedback, key=lambda f: f.ask.start))
-            inside, target = torch.zeros(length), torch.zeros(length)
-            seen = {key: torch.full((length,), torch.nan) for key in ("agreement", "prior", "target", "spread")}
+        for r, audits in zip(group, self._with_baseline([self.audits(r) for r in group]), strict=True):
+            info = info_of(audits, len(r.rollout.response_ids))
+            advantage = torch.zeros(len(r.rollout.response_ids))
             for a in audits:
-                tokens = slice(a.start, a.start + a.length)
-                inside[tokens], target[tokens] = 1.0, a.target
-                seen["agreement"][tokens] = a.k_sem / len(a.similarity)
-                seen["prior"][tokens] = a.pi_bar
-                seen["target"][tokens] = a.target
-                seen["spread"][tokens] = float(np.std(a.similarity))
-            info = {**seen, "audited": inside}
-            out.append(Target(source=r, weight=inside, anchor=1 - inside, advantage=target, info=info, audits=audits))
+                advantage[a.start : a.start + a.length] = a.target - a.baseline
+            if self.baseline != "none":
+                info["baseline"] = torch.where(info["audited"] > 0, info["target"] - advantage, torch.nan)
+            out.append(
+                Target(
+                    source=r,
+                    weight=info["audited"],
+                    anchor=1 - info["audited"],
+                    advantage=advantage,
+                    info=info,
+                    audits=tuple(audits),
+                    continuations=tuple(c for chunk in by_chunk(r.feedback) for c in branches_of(chunk)),
+                )
+            )
         return out
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Metrics]:
-        """Eq. 8, both terms over one count."""
-        assert batch.advantage is not None and batch.anchor is not None
-        chunks = -(batch.weight * batch.advantage * policy.logp(batch.labels)).sum() / batch.n_tokens
-        if self.beta == 0:
-            return chunks, {"chunk_loss": chunks.detach()}
-        kl = forward_kl(policy.logp_all(), policy.reference.logp_all())
-        drift = (batch.anchor * kl).sum() / batch.n_tokens
-        return chunks + self.beta * drift, {"chunk_loss": chunks.detach(), "reference_kl": drift.detach()}
+        """Eq. 8, both terms over one count, and what was added to it."""
+        assert batch.advantage is not None
+        logp, credit, seen = policy.logp(batch.labels), batch.weight * batch.advantage, Metrics()
+        if self.max_ratio:
+            ratio = (logp.detach() - batch.old_logp).exp()
+            credit = credit * ratio.clamp(max=self.max_ratio)
+            seen = {
+                "ratio_max": (ratio * (batch.weight != 0)).max(),
+                "ratio_outside": ((ratio > self.max_ratio) & (batch.weight != 0)).sum() / batch.n_tokens,
+            }
+        chunks = -(credit * logp).sum() / batch.n_tokens
+        loss, seen["chunk_loss"] = chunks, chunks.detach()
+        if self.beta > 0:
+            drift = self.drift(policy, batch)
+            loss, seen["reference_kl"] = loss + self.beta * drift, drift.detach()
+        if self.dagger > 0:
+            imitation = imitated(policy, batch)
+            loss, seen["imitation_loss"] = loss + self.dagger * imitation, imitation.detach()
+        return loss, seen
+
+
+def _deviation(k: float, n: int) -> float:
+    """Standard deviation of Beta(1 + k, 1 + n - k)."""
+    a, b = 1 + k, 1 + n - k
+    return math.sqrt(a * b / (a + b + 1)) / (a + b)
+
+
+def _texts(said: Sequence[Feedback]) -> int:
+    return sum(len(f.texts) for f in said)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -18,12 +18,12 @@ import torch
 from pydantic import Field, model_validator
 
 from potstill.divergence import jsd, overlap, with_rest
-from potstill.methods.base import Method, Metrics, Policy, whole
+from potstill.methods.base import Method, Metrics, Policy, weighed, whole
 from potstill.types import Ask, Batch, Reviewed, Rollout, Target, Wants
 
 
 class OPD(Method):
-    """Full-vocabulary or top-k divergence to a teacher that shares the student's tokenizer."""
+    """Full-vocabulary or top-k divergence to a teacher that shares the student's tokenizer, or is aligned to it."""
 
     name: Literal["opd"] = "opd"
     beta: float = Field(0.5, ge=0, le=1)
@@ -51,7 +51,7 @@ class OPD(Method):
         return whole(rollout, self.wants, k=self.top_k or 0)
 
     def targets(self, group: Sequence[Reviewed]) -> list[Target]:
-        """Every token of the response counts once."""
+        """Every token of the response counts once, but for those of which the teacher's view is not known."""
         out: list[Target] = []
         for r in group:
             if not r.feedback:
@@ -59,13 +59,16 @@ class OPD(Method):
             f = r.only
             logp = f.logp if f.topk_logp is None else f.topk_logp
             ids = None if f.topk_ids is None else torch.from_numpy(f.topk_ids)
+            weight = weighed(f, r.rollout)
+            gap = torch.tensor(r.rollout.old_logp) - torch.from_numpy(f.sampled)
+            seen = {"teacher_kl": gap.masked_fill(weight == 0, torch.nan)}
             out.append(
                 Target(
                     source=r,
-                    weight=torch.ones(len(r.rollout.response_ids)),
+                    weight=weight,
                     teacher_ids=ids,
                     teacher_logp=torch.from_numpy(logp),
-                    info={"teacher_kl": torch.tensor(r.rollout.old_logp) - torch.from_numpy(f.sampled)},
+                    info=seen if f.aligned is None else seen | {"aligned": weight},
                 )
             )
         return out

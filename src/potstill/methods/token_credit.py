@@ -23,7 +23,7 @@ from torch import Tensor
 
 from potstill.credit import PerToken, agrees
 from potstill.divergence import forward_kl, with_rest
-from potstill.methods.base import Method, Metrics, Need, Policy, whole
+from potstill.methods.base import Method, Metrics, Need, Policy, weighed, whole
 from potstill.phased import Phased
 from potstill.types import Ask, Batch, Feedback, Reviewed, Rollout, Target, Wants
 
@@ -135,43 +135,48 @@ class TokenCredit(Method):
             return torch.zeros_like(old) if a is None or b is None else (a - b).clamp(-self.limit, self.limit)
 
         teacher, reference = said(r.said()), said(r.said("reference"))
+        known = weighed(r.said(), r.rollout)[own]
         return Evidence(
             rollout=r.rollout,
             advantage=advantage,
             old_logp=old,
             teacher_logp=torch.zeros_like(old) if teacher is None else teacher,
-            d=ratio(teacher, old),
-            gap=ratio(teacher, reference),
+            d=ratio(teacher, old) * known,
+            gap=ratio(teacher, reference) * known,
             entropy=torch.zeros_like(old) if r.rollout.entropy is None else torch.tensor(r.rollout.entropy[own]),
         )
 
     def _corrected(self, r: Reviewed, advantage: float) -> Target:
         e = self.evidence(r, advantage)
-        worth = self.credit(e)
-        given = r.rollout.guided
+        given, said = r.rollout.guided, r.said() if self.scores else None
+        known = weighed(said, r.rollout)[given:]
+        worth = self.credit(e) * known
+        info = {name: values.masked_fill(known == 0, torch.nan) for name, values in self.info(e, worth).items()}
+        if said is not None and said.aligned is not None:
+            info["aligned"] = known
 
         def behind(values: PerToken, fill: float) -> Float[Tensor, " whole"]:
             return torch.cat([values.new_full((given,), fill), values])
 
-        ids, logp = _top(r)
+        ids, logp, taught = _top(r)
         return Target(
             source=r,
-            weight=behind(torch.ones_like(worth), 0.0),
+            weight=behind(known, 0.0),
             advantage=behind(worth, 0.0),
-            imitate=behind(torch.zeros_like(worth), self.phased.weight) if given else None,
-            info={name: behind(values, torch.nan) for name, values in self.info(e, worth).items()},
+            imitate=behind(torch.zeros_like(worth), self.phased.weight) * taught if given else None,
+            info={name: behind(values, torch.nan) for name, values in info.items()},
             teacher_ids=ids,
             teacher_logp=logp,
         )
 
     def _imitated(self, r: Reviewed) -> Target:
         nothing = torch.zeros(len(r.rollout.response_ids))
-        ids, logp = _top(r)
+        ids, logp, taught = _top(r)
         return Target(
             source=r,
             weight=nothing,
             advantage=nothing,
-            imitate=nothing + self.phased.weight,
+            imitate=taught * self.phased.weight,
             teacher_ids=ids,
             teacher_logp=logp,
         )
@@ -232,9 +237,9 @@ def _example(rollout: Rollout) -> bool:
     return rollout.old_logp is None
 
 
-def _top(r: Reviewed) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's likeliest tokens and their log-probs, where it was asked for them."""
+def _top(r: Reviewed) -> tuple[Tensor | None, Tensor | None, PerToken]:
+    """The teacher's likeliest tokens and their log-probs, where it was asked for them; and 1 where they are known."""
     said = r.said()
     if said is None or said.topk_ids is None or said.topk_logp is None:
-        return None, None
-    return torch.from_numpy(said.topk_ids), torch.from_numpy(said.topk_logp)
+        return None, None, weighed(None, r.rollout)
+    return torch.from_numpy(said.topk_ids), torch.from_numpy(said.topk_logp), weighed(said, r.rollout)

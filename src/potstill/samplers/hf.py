@@ -6,7 +6,7 @@ from dataclasses import replace
 from potstill import chat
 from potstill.decode import Decoding, Row, Written, write
 from potstill.errors import DataError
-from potstill.models import Loaded, Tokens, same_tokenizer
+from potstill.models import Loaded, Tokens, same_tokenizer, written_ids
 from potstill.seeds import derive
 from potstill.types import Author, Prompt, Rollout, Turn, Usage
 
@@ -78,12 +78,7 @@ class Translated:
         return [[self._translated(r, turn.max_tokens) for r in group] for group in groups]
 
     def _translated(self, r: Rollout, max_tokens: int) -> Rollout:
-        if self.same:
-            ids = r.response_ids
-        else:
-            end = self.student.eos[:1] if r.finish == "stop" else ()
-            ids = (*self.student.tokenizer.encode(r.text(), add_special_tokens=False), *end)
-        ids = ids[:max_tokens]
+        ids = (r.response_ids if self.same else written_ids(self.student, r.text(), r.finish))[:max_tokens]
         mine = foreign_rollout(self.student, r.prompt, ids, sample=r.sample, author="teacher", seed=r.seed)
         return replace(mine, usage=Usage(read=len(r.prompt_ids), written=len(r.response_ids)))
 

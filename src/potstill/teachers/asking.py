@@ -18,7 +18,7 @@ from typing import Any
 from potstill import chat
 from potstill.errors import BudgetEnded, TeacherError
 from potstill.ledger import Answer, Ledger, Question
-from potstill.models import Tokens
+from potstill.models import Tokens, written_ids
 from potstill.seeds import derive
 from potstill.teachers.continuation import judge
 from potstill.teachers.keys import Key
@@ -94,6 +94,7 @@ class Asking:
         self.key = Key(None)
         self.notes: Counter[str] = Counter()
         """accepted, repaired: ..., rejected: ..., unanswered; since the start of the process."""
+        self.ended = ""
 
     @property
     def offers(self) -> Wants:
@@ -143,14 +144,16 @@ class Asking:
         if worst := next((e for e in problems if not isinstance(e, BudgetEnded)), None):
             raise worst
         if problems:
-            raise BudgetEnded(str(problems[0]), complete)
+            self.ended = str(problems[0])
+            raise BudgetEnded(self.ended, complete)
         self._enough(asks, complete)
         return complete
 
     def _enough(self, asks: Sequence[Ask], said: Sequence[Feedback]) -> None:
         missing = len(asks) - len(said)
         self.notes["unanswered"] += missing
-        if missing > self.max_unanswered * len(asks):
+        later = all(ask.first for ask in asks)  # of what is asked again the first answers stand
+        if missing > self.max_unanswered * len(asks) and not later:
             why = "; ".join(
                 f"{count} {what}" for what, count in self.notes.most_common() if what.startswith("rejected")
             )
@@ -163,7 +166,7 @@ class Asking:
     async def _one(self, line: Line | None, ask: Ask, locks: Mapping[str, asyncio.Lock]) -> Feedback | None:
         prepared = self.prepare(ask)
         key = prepared.question.key
-        n = ask.n if ask.wants is Wants.TEXT else 1
+        n = ask.first + ask.n if ask.wants is Wants.TEXT else 1
         limit = n * (1 + self.redraws) if ask.wants is Wants.TEXT else 1
         async with locks[key]:  # two rollouts may have come to the same prefix; it is paid for once
             while True:
@@ -174,12 +177,14 @@ class Asking:
                 if not wanted or not self.asks:
                     break
                 await self.fetch(line, prepared, wanted)
+        if ask.wants is not Wants.TEXT:
+            return self._feedback(prepared, good) if good else None
+        past = good[ask.first - 1][0].draw if 0 < ask.first <= len(good) else -1
         last = good[-1][0].draw if len(good) == n else limit
-        if ask.wants is Wants.TEXT:
-            self.notes.update(judge(a, prepared.question).verdict for a in drawn if a.draw <= last)
+        self.notes.update(judge(a, prepared.question).verdict for a in drawn if past < a.draw <= last)
         if len(good) < n:
             return None
-        return self._feedback(prepared, good)
+        return self._feedback(prepared, good[ask.first :])
 
     def _text(self, prepared: Prepared, answer: Answer) -> str | None:
         """The text to use, "" for scores, None for an answer that cannot be used."""
@@ -197,7 +202,7 @@ class Asking:
         if ask.wants is not Wants.TEXT:
             scores: dict[str, Any] = dict(good[0][0].scores)
             return replace(feedback, **scores)
-        texts, finishes = [], []
+        texts, finishes, ids = [], [], []
         for answer, text in good:
             cut = text
             if prepared.question.parameters["cut"] and ask.unit == "student" and ask.length is not None:
@@ -205,7 +210,9 @@ class Asking:
             ends: Finish = "stop" if answer.finish == "stop" and cut == text else "length"
             texts.append(cut)
             finishes.append(ends)
-        return replace(feedback, texts=tuple(texts), finishes=tuple(finishes))
+            ids.append(written_ids(self.student, cut, ends)[: ask.length] if ask.ids else ())
+        given = tuple(ids) if ask.ids else ()
+        return replace(feedback, texts=tuple(texts), finishes=tuple(finishes), ids=given)
 
     def keep(self, prepared: Prepared, reply: Reply, request: Any, draws: Sequence[int]) -> None:
         """Write down what came for these draws. More than was asked for is left out, less is asked for again."""
@@ -220,5 +227,5 @@ class Asking:
 
 
 def asker(ask: Ask) -> str:
-    """For whom a request is made: names rollout and anchor within a run."""
-    return f"{ask.rollout.seed}/{ask.start}"
+    """For whom a request is made: names rollout and anchor within a run, and the round where there are several."""
+    return f"{ask.rollout.seed}/{ask.start}" + f"+{ask.first}" * (ask.first > 0)

@@ -1,5 +1,6 @@
 """What a teacher is: somebody who answers Asks."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,10 @@ class Teacher(Protocol):
     """Answers questions about rollouts. It never learns which method asks."""
 
     name: str
+    notes: Counter[str]
+    """How many texts were accepted, repaired, rejected, and questions unanswered, so far; empty for a mere model."""
+    ended: str
+    """Why it will not answer any more; empty while it does."""
 
     @property
     def offers(self) -> Wants:

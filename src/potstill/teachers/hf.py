@@ -1,12 +1,14 @@
 """A Hugging Face model in this process as teacher: it scores tokens, and it goes on from where the student was.
 
 With the student's tokenizer it reads the student's token ids after its own rendering of the prompt. With another one it
-is a foreign, text-only teacher: it reads and writes text, which is cut to the asked length in the student's tokens.
+is a foreign teacher: it reads and writes text, which is cut to the asked length in the student's tokens. Its scores are
+then of use only through `potstill.align`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from potstill import chat
+from potstill.align import Aligner, Written
 from potstill.decode import Decoding, Row, write
-from potstill.models import Loaded, Tokens, same_tokenizer
+from potstill.models import Loaded, Tokens, same_tokenizer, written_ids
 from potstill.seeds import derive
 from potstill.types import Ask, Feedback, Usage, Wants
 
@@ -23,6 +26,20 @@ SLACK = 1.5
 """Teacher tokens asked for per student token, where the tokenizers differ: text is cut afterwards, not before."""
 LOGITS = 1 << 27
 """Logits held at once while scoring: half a GiB in float32, whatever the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What is to be scored for a question, in the teacher's tokens."""
+
+    ask: Ask
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    written: Written | None = None
+    """How its tokens lie to the student's, where they are others."""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
 
 class HFTeacher:
@@ -35,18 +52,21 @@ class HFTeacher:
         *,
         decoding: Decoding,
         text_only: bool = False,
+        align: bool = False,
         share: bool = True,
         shuffled: bool = False,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
+        self.notes, self.ended = Counter[str](), ""
         self.name, self.shuffled, self.around = loaded.tokens.name, shuffled, around
         self.loaded, self.student, self.how, self.share = loaded, student, decoding, share
         self.foreign = text_only or same_tokenizer(student, loaded.tokens) is not None
+        self.aligner = Aligner(student, loaded.tokens) if align else None
 
     @property
     def offers(self) -> Wants:
-        """Everything with the student's tokenizer, text with another one."""
-        return Wants.TEXT if self.foreign else Wants.FULL
+        """Everything with the student's tokenizer or aligned to it, text with another one."""
+        return Wants.TEXT if self.foreign and not self.aligner else Wants.FULL
 
     async def feedback(self, asks: Sequence[Ask]) -> list[Feedback]:
         """Scores and continuations, in the order of the questions."""
@@ -62,38 +82,55 @@ class HFTeacher:
     @torch.no_grad()
     def _score(self, asks: Sequence[Ask]) -> list[Feedback]:
         out: list[Feedback] = []
-        for group in self._micro(asks):
-            prompts = [chat.prompt_ids(self.loaded.tokens.tokenizer, a.view) for a in group]
-            rows = [torch.tensor([*p, *a.rollout.response_ids]) for p, a in zip(prompts, group, strict=True)]
+        for group in self._micro([self._reading(a) for a in asks]):
+            rows = [torch.tensor([*r.prompt, *r.answer]) for r in group]
             ids = pad_sequence(rows, batch_first=True)
             mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
             device = self.loaded.device
-            shortest = min(len(p) for p in prompts)
+            shortest = min(len(r.prompt) for r in group)
             keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
             logits = self.loaded.model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
             ).logits
-            for i, (ask, prompt) in enumerate(zip(group, prompts, strict=True)):
-                first = len(prompt) - shortest + ask.start  # this row predicts response[ask.start]
-                length = len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length
-                logp = logits[i, first : first + length, : self.student.vocab].float().log_softmax(-1)
-                read = len(prompt) + ask.start + length
-                out.append(_scores(self.name, ask, logp.cpu(), read))
+            for i, r in enumerate(group):
+                mine = logits[i, len(r.prompt) - shortest :, : self.loaded.tokens.vocab]  # its row 0 predicts answer[0]
+                out.append(self._scored(r, mine))
         return out
 
-    def _micro(self, asks: Sequence[Ask]) -> list[list[Ask]]:
+    def _reading(self, ask: Ask) -> Reading:
+        prompt = chat.prompt_ids(self.loaded.tokens.tokenizer, ask.view)
+        if self.aligner is None:
+            return Reading(ask=ask, prompt=prompt, answer=ask.rollout.response_ids)
+        written = self.aligner.written(ask.rollout)
+        return Reading(ask=ask, prompt=prompt, answer=written.theirs, written=written)
+
+    def _micro(self, readings: Sequence[Reading]) -> list[list[Reading]]:
         """Consecutive questions whose tokens fit into one forward pass."""
-        room = min(self.how.cells, LOGITS // self.student.vocab)
-        groups: list[list[Ask]] = []
+        room = min(self.how.cells, LOGITS // self.loaded.tokens.vocab)
+        groups: list[list[Reading]] = []
         longest = 0
-        for ask in asks:
-            length = len(ask.rollout.prompt_ids) + len(ask.rollout.response_ids)
-            longest = max(longest, length)
+        for reading in readings:
+            longest = max(longest, len(reading))
             if not groups or (len(groups[-1]) + 1) * longest > room:
                 groups.append([])
-                longest = length
-            groups[-1].append(ask)
+                longest = len(reading)
+            groups[-1].append(reading)
         return groups
+
+    def _scored(self, r: Reading, logits: torch.Tensor) -> Feedback:
+        """As much as was asked for of what the model thinks of an answer: logits [>= S + 1, V], S its own tokens."""
+        ask = r.ask
+        length = len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length
+        mine = slice(ask.start, ask.start + length)
+        if r.written is None or self.aligner is None:
+            logp = logits[mine].float().log_softmax(-1).cpu()
+            return _scores(self.name, ask, logp, len(r.prompt) + ask.start + length)
+        theirs = logits[: len(r.answer) + 1].float().log_softmax(-1).cpu()
+        logp, sampled, aligned = self.aligner.scores(r.written, theirs)
+        if ask.wants is Wants.SAMPLED:
+            sampled, aligned = self.aligner.with_spans(r.written, theirs, sampled, aligned)
+        scored = _scores(self.name, ask, logp[mine], len(r))
+        return replace(scored, sampled=sampled[mine].numpy(), aligned=aligned[mine].numpy())
 
     # --- continuations ------------------------------------------------------------------------------------------
 
@@ -102,9 +139,9 @@ class HFTeacher:
         prefixes = [self._prefix(a) for a in asks]
         trunks, trunk_of = self._trunks(asks, prefixes)
         rows = [
-            Row(trunk=t, prefix=p, limit=self._limit(a), seed=derive(a.rollout.seed, "teacher", a.start, i))
+            Row(trunk=t, prefix=p, limit=self._limit(a), seed=derive(a.rollout.seed, _stream(a), a.start, i))
             for a, p, t in zip(asks, prefixes, trunk_of, strict=True)
-            for i in range(a.n)
+            for i in range(a.first, a.first + a.n)
         ]
         own = self.loaded.tokens
         written = iter(write(self.loaded.model, trunks, rows, vocab=own.vocab, eos=own.eos, how=self.how))
@@ -113,8 +150,13 @@ class HFTeacher:
         for ask, prefix, trunk in zip(asks, prefixes, trunk_of, strict=True):
             mine = [next(written) for _ in range(ask.n)]
             texts = [tokenizer.decode(list(w.ids), **chat.PLAIN) for w in mine]
+            ends = [w.finish for w in mine]
             if self.foreign and ask.unit == "student" and ask.length is not None:
-                texts = [chat.cut(self.student.tokenizer, text, ask.length) for text in texts]
+                whole, texts = texts, [chat.cut(self.student.tokenizer, text, ask.length) for text in texts]
+                ends = [e if a == b else "length" for e, a, b in zip(ends, whole, texts, strict=True)]
+            ids = [w.ids for w in mine]
+            if self.foreign and ask.ids:
+                ids = [written_ids(self.student, t, e)[: ask.length] for t, e in zip(texts, ends, strict=True)]
             new = max(mine[0].shared - computed[trunk], 0)
             computed[trunk] += new
             usage = Usage(
@@ -128,7 +170,8 @@ class HFTeacher:
                     teacher=self.name,
                     temperature=self.how.temperature,
                     texts=tuple(texts),
-                    finishes=tuple(w.finish for w in mine),
+                    finishes=tuple(ends),
+                    ids=tuple(ids) if ask.ids else (),
                     usage=usage,
                 )
             )
@@ -164,6 +207,11 @@ class HFTeacher:
         return round(SLACK * ask.length) if self.foreign and ask.unit == "student" else ask.length
 
 
+def _stream(ask: Ask) -> str:
+    """The student asked about itself must not draw what a teacher with its weights draws."""
+    return "own" if ask.of == "student" else "teacher"
+
+
 def _shuffled(said: Sequence[Feedback]) -> list[Feedback]:
     """A control: every question gets the continuations of another prompt's, of the same rank among that prompt's."""
     prompts = list(dict.fromkeys(f.ask.rollout.prompt.id for f in said))
@@ -173,7 +221,8 @@ def _shuffled(said: Sequence[Feedback]) -> list[Feedback]:
     for prompt in prompts:
         for i, f in enumerate(of[prompt]):
             theirs = of[other[prompt]]
-            out.append(replace(f, texts=theirs[i % len(theirs)].texts))
+            other_one = theirs[i % len(theirs)]
+            out.append(replace(f, texts=other_one.texts, finishes=other_one.finishes, ids=other_one.ids))
     return out
 
 

@@ -1,18 +1,22 @@
 """An open model behind a server as teacher: vLLM, SGLang, llama.cpp, through their OpenAI-compatible completions.
 
 Prompts go as token ids, so that nothing is tokenised twice. With the student's tokenizer it reads the student's own ids
-and can score them; with another one it is a text-only teacher. Seeds are the server's to honour.
+and can score them; with another one it is a text-only teacher, or scores spans of text (`potstill.align`). Seeds are the
+server's to honour.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import httpx2
 import numpy as np
 
 from potstill import chat
+from potstill.align import Aligner
 from potstill.errors import ModelError, TeacherError
 from potstill.ledger import Ledger, Question
 from potstill.models import Tokens, same_tokenizer
@@ -28,6 +32,10 @@ Shows = Literal["text", "sampled", "topk"]
 OFFERS = {"text": Wants.TEXT, "sampled": Wants.SAMPLED, "topk": Wants.TOPK}
 PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Against the samplers that servers switch on by themselves, or read from the model's generation_config.json."""
+TOO_MANY = re.compile(r"['\"`]n['\"`]|\bn must\b")
+"""How a server complains of n."""
+STRIDE = 1024
+"""Seeds between two tokens of a rollout: more than draws of one question."""
 PROBE = "The quick brown fox, 12*34=408"
 
 
@@ -50,11 +58,15 @@ class HTTPTeacher(Asking):
         self.settings, self.own, self.model, self.shows, self.key, self.price = settings, own, model, shows, key, price
         self.temperature = settings.temperature
         self.foreign = settings.text_only or same_tokenizer(student, own) is not None
+        self.aligner = Aligner(student, own) if settings.align else None
+        self.most = STRIDE
+        """Samples that the server gives to one request; llama.cpp has no more than slots."""
 
     @property
     def offers(self) -> Wants:
-        """What the server shows, with the student's tokenizer; text with another one."""
-        return Wants.TEXT if self.foreign else OFFERS[self.shows]
+        """What the server shows, with the student's tokenizer; with another one text, and sampled tokens if aligned."""
+        most = Wants.SAMPLED if self.aligner else Wants.TEXT if self.foreign else Wants.FULL
+        return min(most, OFFERS[self.shows])
 
     def server(self, ask: Ask) -> str:
         """Where the questions about this rollout go: always to the same server, which keeps its prefix."""
@@ -67,7 +79,10 @@ class HTTPTeacher(Asking):
         r = ask.rollout
         text = ask.wants is Wants.TEXT
         end = ask.start if text else len(r.response_ids) if ask.length is None else ask.start + ask.length
-        if self.foreign:
+        if self.aligner and not text:
+            ended = r.response_ids[-1] in self.student.eos
+            ids = (*prompt, *self.aligner.written(r).theirs, *self.own.eos[: int(ended)])
+        elif self.foreign:
             ids = (*prompt, *self.own.tokenizer.encode(r.text(0, end), add_special_tokens=False))
         else:
             ids = (*prompt, *r.response_ids[:end])
@@ -78,8 +93,11 @@ class HTTPTeacher(Asking):
         s = self.settings
         how: dict[str, Any] = {"continues": "completion", "max_tokens": limit, "cut": self.foreign}
         how |= {"temperature": s.temperature, "top_p": s.top_p} if text else {"k": ask.k, "start": ask.start}
+        named: list[Any] = ["http", self.model, how, ids, len(prompt)]
+        if self.aligner and not text:  # the scores are kept as the student's, which may cut the same text in other ways
+            named += ["aligned", r.response_ids]
         question = Question(
-            key=digest(["http", self.model, how, ids, len(prompt)]),
+            key=digest(named),
             address=address(ask),
             provider="http",
             model=self.model,
@@ -110,8 +128,9 @@ class HTTPTeacher(Asking):
         """One request for each run of consecutive draws: a server counts its samples' seeds on from the first one's."""
         assert line is not None
         if prepared.ask.wants is Wants.TEXT:
+            groups = [run[i : i + self.most] for run in runs(draws) for i in range(0, len(run), self.most)]
             done = await asyncio.gather(
-                *(self._continue(line, prepared, run) for run in runs(draws)), return_exceptions=True
+                *(self._continue(line, prepared, group) for group in groups), return_exceptions=True
             )
             for problem in done:
                 if isinstance(problem, BaseException):
@@ -128,12 +147,12 @@ class HTTPTeacher(Asking):
             "n": len(draws),
             "temperature": s.temperature,
             "top_p": s.top_p,
-            "seed": first_seed(ask, ask.n * (1 + self.redraws)) + draws[0],
+            "seed": first_seed(ask, STRIDE) + draws[0],
             **PLAIN,
         }
 
         async def ask_once() -> Reply:
-            return continued(await post(self._client, self.server(ask), body))
+            return continued(await self._choices(self.server(ask), body), prepared.limit)
 
         reply, request = await line.send(
             ask_once,
@@ -144,14 +163,34 @@ class HTTPTeacher(Asking):
         )
         self.keep(prepared, reply, request, draws)
 
+    async def _choices(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A completion with n choices, or with as many as the server takes: the others are asked for again."""
+        while True:
+            body["n"] = n = min(body["n"], self.most)
+            try:
+                return await post(self._client, url, body)
+            except Failed as failed:
+                if n == 1 or failed.status not in (400, 422) or not TOO_MANY.search(failed.message):
+                    raise
+                allowed = [int(number) for number in re.findall(r"<=\s*(\d+)", failed.message)]
+                self.most = max(1, min(self.most, n - 1, *(allowed or [n // 2])))
+
     async def _score(self, line: Line, prepared: Prepared, draws: Sequence[int]) -> None:
         ask = prepared.ask
         k = ask.k if ask.wants is Wants.TOPK else 0
         body = scoring(self.model, prepared.body, self.shows, k)
-        first = len(prepared.body) - (len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length)
+        length = len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length
+        first = len(prepared.body) - length
+        if self.aligner:
+            first = len(chat.prompt_ids(self.own.tokenizer, ask.view))
 
         async def ask_once() -> Reply:
-            return scored(await post(self._client, self.server(ask), body), prepared.body, first, k)
+            reply = scored(await post(self._client, self.server(ask), body), prepared.body, first, k)
+            if self.aligner is None:
+                return reply
+            found = self.aligner.spans(self.aligner.written(ask.rollout), reply.scores["sampled"])
+            sampled, aligned = (values[ask.start : ask.start + length].numpy() for values in found)
+            return replace(reply, scores={"sampled": sampled, "aligned": aligned})
 
         reply, request = await line.send(
             ask_once, read=prepared.read, written=1, key=prepared.question.key, asker=asker(ask)
@@ -201,13 +240,18 @@ async def post(client: httpx2.AsyncClient, base_url: str, body: Mapping[str, Any
     return found
 
 
-def continued(found: Mapping[str, Any]) -> Reply:
-    """The texts of a completion; part of a character at the end is left out."""
+def continued(found: Mapping[str, Any], limit: int) -> Reply:
+    """The texts of a completion; part of a character at the end is left out.
+
+    llama.cpp counts the tokens of one choice, whatever n is; each that was cut off at the limit has as many as that.
+    """
     choices = sorted(found["choices"], key=lambda c: c.get("index", 0))
+    counted = usage(found.get("usage") or {})
+    counted["written"] = max(counted["written"], limit * sum(c.get("finish_reason") == "length" for c in choices))
     return Reply(
         texts=tuple(c["text"].rstrip(chat.REPLACEMENT) for c in choices),
         finishes=tuple(_finish(c.get("finish_reason")) for c in choices),
-        **usage(found.get("usage") or {}),
+        **counted,
     )
 
 

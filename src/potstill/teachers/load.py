@@ -31,6 +31,11 @@ def check(config: Remote | Replay, method: str, wants: Wants) -> None:
             f"{method} as set here needs the whole distribution at each position, which no server sends. Set method.top_k to "
             "what the server allows (vLLM: --max-logprobs, 20 unless set), or load the teacher in this process (kind = 'hf')"
         )
+    if isinstance(config, HTTP) and config.align and wants is Wants.TOPK:
+        raise ConfigError(
+            f"{method} as set here needs the likeliest tokens at each position, but the few that a server sends do not say "
+            "which the student's would be (teacher.align). Use sampled_kl, or load the teacher in this process (kind = 'hf')"
+        )
     if isinstance(config, Remote):
         price_of(config)
 
@@ -61,5 +66,5 @@ def load(config: Remote | Replay, student: Tokens, folder: Path, run: str) -> As
     assert isinstance(config, HTTP)
     own = models.load_tokens(config.tokenizer, config.eos)
     shared = not config.text_only and same_tokenizer(student, own) is None
-    model, shows, key = asyncio.run(meet(config, own, shared))
+    model, shows, key = asyncio.run(meet(config, own, shared or config.align))
     return HTTPTeacher(config, student, own, ledger, model=model, shows=shows, key=key, price=price)

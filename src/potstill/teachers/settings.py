@@ -79,6 +79,8 @@ class HTTP(Remote):
     """How much it shows of itself: text; log-probs of the student's tokens; of the likeliest tokens. Unset: it is tried."""
     text_only: bool = False
     """Treat it as a teacher that returns nothing but text, even if it shares the student's tokenizer."""
+    align: bool = False
+    """With another tokenizer: carry its scores over to the student's tokens, by the text that both stand for."""
 
     @field_validator("base_url", mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """What a provider of chat models is to potstill: one call, and the features it may refuse."""
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,13 +45,14 @@ class Features:
 
     refused: set[str] = field(default_factory=set)
 
-    def drop(self, failed: Failed, offered: Mapping[str, str]) -> bool:
-        """Whether the error complains about one of the features offered (name: how errors call it); then it is dropped."""
+    def drop(self, failed: Failed, offered: Mapping[str, str], without: Set[str]) -> bool:
+        """Whether the error complains about one of the features offered (name: how errors call it); then it is dropped.
+
+        `without`: what was not in the request that failed. Another one may have been refused the same feature meanwhile.
+        """
         if failed.status not in (400, 422):
             return False
-        named = [
-            name for name, words in offered.items() if name not in self.refused and re.search(words, failed.message)
-        ]
+        named = [name for name, words in offered.items() if name not in without and re.search(words, failed.message)]
         self.refused.update(named)
         return bool(named)
 

@@ -32,7 +32,7 @@ class Google:
 
     async def ask(self, turns: Turns) -> Reply:
         """One request with n candidates."""
-        s = self.access.settings
+        s, without = self.access.settings, frozenset(self.access.features.refused)
         async with failures(self.errors.APIError, self._failed):
             try:
                 found = await self.client.aio.models.generate_content(
@@ -40,7 +40,7 @@ class Google:
                 )
             except self.errors.ClientError as error:
                 failed = self._failed(error)
-                if self.access.features.drop(failed, REFUSABLE):
+                if self.access.features.drop(failed, REFUSABLE, without):
                     return await self.ask(turns)
                 if failed.status == 400 and "hinking" in failed.message and s.thinking_tokens == 0:
                     raise Failed(NEEDS_THINKING.format(model=s.model, said=failed.message), 400) from None

@@ -36,11 +36,12 @@ class OpenAI:
 
     async def ask(self, turns: Turns) -> Reply:
         """One completion with n choices. What is refused is left out, and asked again."""
+        without = frozenset(self.access.features.refused)
         async with failures(self.sdk.APIError, self._failed):
             try:
                 found = await self.client.chat.completions.create(**self.body(turns))
-            except self.sdk.BadRequestError as error:
-                if self.access.features.drop(self._failed(error), REFUSABLE):
+            except (self.sdk.BadRequestError, self.sdk.UnprocessableEntityError) as error:
+                if self.access.features.drop(self._failed(error), REFUSABLE, without):
                     return await self.ask(turns)
                 raise
             choices = sorted(found.choices, key=lambda c: c.index)
@@ -83,5 +84,8 @@ class OpenAI:
 
     def _failed(self, error: Any) -> Failed:
         if isinstance(error, self.sdk.APIStatusError):
-            return Failed(str(error.message), error.status_code, error.response.headers)
+            told = str(error.message)
+            if told == f"Error code: {error.status_code}":  # the SDK looks only for OpenAI's form of an error
+                told = error.response.text[:400]
+            return Failed(told, error.status_code, error.response.headers)
         return Failed(f"{type(error).__name__}: {error}")
