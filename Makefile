@@ -39,7 +39,7 @@ $(SERVERS)/done: constraints-servers.txt
 	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
-test-servers: $(VENV)/dev $(SERVERS)/done ## Tests against vLLM, llama.cpp and transformers (10 minutes)
+test-servers: $(VENV)/dev $(SERVERS)/done ## Tests against vLLM, llama.cpp and transformers (ten minutes, 3.5 GB)
 	$(BIN)/pytest -m servers
 
 models: $(VENV)/dev ## Fetch the real models of recipes/smollm2.toml

@@ -48,10 +48,10 @@ def demo(
 @app.command()
 def check(recipe: Recipe, overrides: Overrides = None, variant: Variant = None) -> None:
     """Check a recipe without loading a weight, and print every field as understood."""
-    from potstill import build, config
+    from potstill import checks, config
 
     parsed, _ = config.read(recipe, overrides or [], variant)
-    build.check(parsed)
+    checks.check(parsed)
     out.print_json(parsed.model_dump_json())
     out.print(f"[green]{escape(recipe)} can run.[/green]")
 
@@ -100,7 +100,7 @@ def evaluate(
     """avg@k, pass@k, maj@k and how answers fail, each with its 95 % interval over questions."""
     import asyncio
 
-    from potstill import build, models, progress
+    from potstill import checks, models, progress
     from potstill.decode import Decoding
     from potstill.evaluate import evaluate as ask
 
@@ -113,7 +113,7 @@ def evaluate(
             f"--samples {samples} at --temperature 0 would give the same answer {samples} times. Add --samples 1"
         )
     asked = questioner.questions(split, questions)
-    loaded = models.load(path, device=build.device("auto"))
+    loaded = models.load(path, device=checks.device("auto"))
     how = Decoding(temperature=temperature, top_p=top_p)
     room = max_tokens or recipe.get("rollouts", {}).get("max_tokens", 48)
     name, verifier = ("sampled" if temperature else "greedy"), questioner.verifier()
@@ -137,13 +137,13 @@ def sample(
     """Write answers to prompts."""
     import asyncio
 
-    from potstill import build, models
+    from potstill import checks, models
     from potstill.decode import Decoding
     from potstill.samplers.hf import HFSampler
     from potstill.types import Prompt, Turn
 
     path, _ = _model_of(model)
-    loaded = models.load(path, device=build.device("auto"))
+    loaded = models.load(path, device=checks.device("auto"))
     sampler = HFSampler(loaded, decoding=Decoding(temperature=temperature, top_p=top_p))
     asked = [Prompt(id=p, messages=({"role": "user", "content": p},)) for p in prompts]
     turn = Turn(seed=seed, step=0, max_tokens=max_tokens)

@@ -93,7 +93,10 @@ LOGGED: dict[str, tuple[str, str]] = {
     "teacher/accepted": ("texts", "Continuations of a remote teacher that were used as they came."),
     "teacher/repaired": ("texts", "Those that were used without what was put around them."),
     "teacher/rejected": ("texts", "Those that were none, and were asked for again."),
-    "teacher/unanswered": ("questions", "Chunks or prompts with too few texts to use; what they cost is in the ledger alone."),
+    "teacher/unanswered": (
+        "questions",
+        "Chunks or prompts with too few texts to use; what they cost is in the ledger alone.",
+    ),
     "time/sample": ("CPU s", "Spent on rollouts this step."),
     "time/teacher": ("CPU s", "Spent on the teacher this step, if it runs in this process."),
     "time/learn": ("CPU s", "Spent on loss, gradient and optimiser this step."),

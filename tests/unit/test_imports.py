@@ -20,7 +20,7 @@ LAYERS = [
     {"batch", "select", "verifiers", "tasks", "lab"},
     {"methods", "decode", "models", "align", "teachers", "samplers", "registry", "catalogue", "config"},
     {"learners", "geometry", "evaluate", "record", "spent", "stop", "report", "progress"},
-    {"build"},
+    {"checks", "build"},
     {"loop"},
     {"comparison", "demo", "doctor", "cli"},
 ]

@@ -97,13 +97,13 @@ def _check(asked: plan.Plan, labels: Sequence[str]) -> dict[str, dict[str, Any]]
 
 def _checked(tables: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe, without the teacher and the reference model if its method asks none."""
-    from potstill import build, config
+    from potstill import checks, config
 
     recipe = config.without_unused(tables)
     parsed = config.parse(recipe)
     if parsed.eval.questions == 0:
         raise ConfigError("eval.questions = 0 asks nothing, so there is nothing to compare. Set it to 256, say")
-    build.check(parsed)
+    checks.check(parsed)
     return recipe
 
 

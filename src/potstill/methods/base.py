@@ -90,6 +90,11 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         return False
 
     @property
+    def asks_again(self) -> bool:
+        """Whether answers can raise more questions (`more`)."""
+        return False
+
+    @property
     def refers_to(self) -> Literal["start", "base"] | None:
         """Who answers questions to the `reference`: the frozen initial student, or the model of [reference]."""
         return None

@@ -84,6 +84,11 @@ class OmniOPD(Audited):
         """In the mix with dagger."""
         return self.dagger > 0
 
+    @property
+    def asks_again(self) -> bool:
+        """Until the agreement is known, if that is to be found out."""
+        return self.narrow > 0
+
     def check(self, max_tokens: int, *, group: int, updates: int) -> None:
         """Chunks must fit, and each field must be able to do something."""
         super().check(max_tokens, group=group, updates=updates)

@@ -53,7 +53,12 @@ class AskedSampler:
         asked = said.ask.rollout
         group = [
             foreign_rollout(
-                self.student, asked.prompt, ids[: turn.max_tokens], sample=i, author="teacher", seed=derive(asked.seed, i)
+                self.student,
+                asked.prompt,
+                ids[: turn.max_tokens],
+                sample=i,
+                author="teacher",
+                seed=derive(asked.seed, i),
             )
             for i, ids in enumerate(said.ids)
         ]

@@ -1,6 +1,6 @@
 """Teachers that are no model in this process: what a recipe asks of them, checked, and then made.
 
-Imported by `potstill.build`; the checks need no network, making them may (see `http.meet`).
+Imported by `potstill.checks` and `potstill.build`; the checks need no network, making them may (see `http.meet`).
 """
 
 import asyncio
