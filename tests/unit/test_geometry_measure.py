@@ -245,7 +245,7 @@ def test_masks_of_two_runs_overlap_as_random_ones_do_unless_they_agree(tmp_path:
         assert jaccard == pytest.approx(by_hand.jaccard, abs=1e-6)
         assert chance == pytest.approx(by_hand.chance, abs=1e-3)
         assert random > chance + 0.05, "small weights change in any update"
-        assert (jaccard > random + 0.3) if name == "alike" else jaccard == pytest.approx(random, abs=0.02)
+        assert (jaccard > random + 0.2) if name == "alike" else jaccard == pytest.approx(random, abs=0.02)
 
 
 def load(path: Path, name: str) -> torch.Tensor:

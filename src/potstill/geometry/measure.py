@@ -1,7 +1,7 @@
 """`potstill geometry`: every number for a start and a row of checkpoints, one matrix at a time."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,19 +12,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from potstill.errors import ConfigError
+from potstill.errors import CheckpointError, ConfigError
 from potstill.geometry.aggregate import aggregate, by_module, groups, growth
 from potstill.geometry.cache import Cache, default_folder
 from potstill.geometry.floors import storage
 from potstill.geometry.inputs import Inputs, read_inputs
 from potstill.geometry.matrices import Name, choose
 from potstill.geometry.moments import Moments, input_moments
+from potstill.geometry.nulls import Bits, packed_masks
 from potstill.geometry.rows import Row, Settings, example, measure_update
 from potstill.geometry.trajectory import Bases, K, Trajectory, bases, follow, later
-from potstill.geometry.write import clean, decay_floors, warnings, write
+from potstill.geometry.write import clean, decay_floors, training, warnings, write
 from potstill.run import whole_directory
 from potstill.seeds import derive
 
+ARRAYS = ("vectors", "masks")
+"""Files of arrays, filled matrix by matrix."""
+UNSOLVED: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""A decomposition that did not converge."""
 Watch = Callable[[int, int, str], None]
 """Matrices done, matrices in all, the next one's name."""
 
@@ -50,6 +55,7 @@ def measure(
     *,
     out: str | Path | None = None,
     k: int = 512,
+    rank: int = 64,
     only: str = "all",
     nulls: int = 2,
     seed: int = 0,
@@ -64,6 +70,7 @@ def measure(
         checkpoints: in order of training: Hugging Face folders, LoRA adapters on `w0`, or one run.
         out: a new folder for geometry.json, geometry.csv, vectors.npz and geometry.html.
         k: dimension of the leading subspaces whose rotation is measured; cut to half of a smaller matrix.
+        rank: of the rank reduction behind the principal weights; likewise.
         only: `attention` leaves out the other linear matrices.
         nulls: draws of each random null, at least 2.
         seed: of the nulls.
@@ -75,27 +82,31 @@ def measure(
         ConfigError: arguments that cannot work, or no matrix that can be measured.
         CheckpointError: a folder that is missing or damaged.
     """
-    _check(out, k, nulls, device)
+    _check(out, k, rank, nulls, device)
     inputs = read_inputs(w0, list(checkpoints))
     names, left = choose(inputs.w0, inputs.checkpoints, only)
-    settings = Settings(k=k, nulls=nulls, seed=seed)
+    settings = Settings(k=k, rank=rank, nulls=nulls, seed=seed)
     kept = Cache(Path(cache) if cache else default_folder())
     run = _Measuring(inputs, names, settings, kept, input_moments(inputs, names), torch.device(device))
     with ExitStack() as stack:
         folder = stack.enter_context(whole_directory(Path(out))) if out else None
-        vectors = stack.enter_context(zipfile.ZipFile(folder / "vectors.npz", "w")) if folder else None
+        files = (
+            [zipfile.ZipFile(folder / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) for name in ARRAYS] if folder else []
+        )
+        arrays = dict(zip(ARRAYS, map(stack.enter_context, files), strict=False))
         for i, name in enumerate(names):
             if watch:
                 watch(i, len(names), name.matrix)
-            run.matrix(name, vectors)
+            run.matrix(name, arrays)
         figures = clean(run.figures() | {"left_out": left, "only": only})
-        if folder and vectors:
-            vectors.close()
+        for file in files:
+            file.close()
+        if folder:
             write(folder, figures)
     return Geometry(figures=figures, folder=Path(out) if out else None)
 
 
-def _check(out: str | Path | None, k: int, nulls: int, device: str) -> None:
+def _check(out: str | Path | None, k: int, rank: int, nulls: int, device: str) -> None:
     if out and Path(out).exists():
         raise ConfigError(
             f"{out} exists already, and no measurement overwrites another. Give another folder with --out"
@@ -103,6 +114,10 @@ def _check(out: str | Path | None, k: int, nulls: int, device: str) -> None:
     if k < 1:
         raise ConfigError(
             f"k = {k} must be at least 1: it is the dimension of the subspaces that turn, 512 in the paper"
+        )
+    if rank < 1:
+        raise ConfigError(
+            f"rank = {rank} must be at least 1: principal weights are those of W0 cut to it, 64 in the paper"
         )
     if nulls < 2:
         raise ConfigError(f"nulls = {nulls}: a null has no spread with fewer than 2 draws. Give 2 or more")
@@ -131,22 +146,22 @@ class _Measuring:
         self._shown = _middle(names)
         self._decay = decay_floors(inputs)
 
-    def matrix(self, name: Name, vectors: zipfile.ZipFile | None) -> None:
+    def matrix(self, name: Name, files: Mapping[str, zipfile.ZipFile]) -> None:
         """Measure one matrix at every checkpoint. One that cannot be measured is named, and the others go on."""
         try:
-            rows, found = self._measure(name)
-        except ConfigError as error:
+            rows, found, masks = self._measure(name)
+        except (ConfigError, CheckpointError, UNSOLVED) as error:
             self.failed[name.matrix] = str(error)
             return
         self.rows += rows
-        if vectors:
+        if files:
             for row, one in zip(rows, found, strict=True):
                 if one:
-                    right = one["V"][:, :K].float().cpu().numpy()
-                    with vectors.open(f"{name.matrix}/{row['step']}.npy", "w", force_zip64=True) as file:
-                        np.lib.format.write_array(file, right)
+                    _add(files["vectors"], f"{name.matrix}/{row['step']}", one["V"][:, :K].float().cpu().numpy())
+            for which, bits in masks.items():
+                _add(files["masks"], f"{name.matrix}/{which}", bits)
 
-    def _measure(self, name: Name) -> tuple[list[Row], list[Bases | None]]:
+    def _measure(self, name: Name) -> tuple[list[Row], list[Bases | None], dict[str, Bits]]:
         s, points = self.settings, self.inputs.checkpoints
         w0 = self.inputs.w0.read(name.matrix).to(self.device)
         origin = self.cache.origin(w0, s.k, s.rank, s.fraction)
@@ -175,7 +190,8 @@ class _Measuring:
         steps = [p.step for p in points]
         self.followed[name.matrix] = follow(found, after, steps, (name.m, name.n), seed, covariance)
         columns = self.followed[name.matrix].columns
-        return [row | more for row, more in zip(rows, columns, strict=True)], found
+        masks = packed_masks(w0, last.w1, derive("geometry", name.matrix, rows[-1]["fro"].hex(), s.seed))
+        return [row | more for row, more in zip(rows, columns, strict=True)], found, masks
 
     def _identity(self, name: Name, step: int, stored: str) -> Row:
         return {
@@ -202,6 +218,7 @@ class _Measuring:
             "total_steps": self.inputs.total,
             "settings": asdict(self.settings),
             "inputs": self.moments.told if self.moments else None,
+            "training": training(self.inputs),
             "matrices": len({row["matrix"] for row in self.rows}),
             "failed": self.failed,
             "warnings": warnings(self.rows, self.inputs, self.settings, self.failed),
@@ -225,6 +242,11 @@ class _Measuring:
                 sides[side] = {str(k): _mean([one[k] for one in every if k in one]) for k in ks}
             out[group] = sides
         return out
+
+
+def _add(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array(entry, array)
 
 
 def _mean(found: Sequence[Float[Tensor, "t t"]]) -> list[list[float]]:

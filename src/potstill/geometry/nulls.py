@@ -14,15 +14,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
 
 from potstill.errors import ConfigError
 from potstill.geometry.checks import Matrix, checked, finite
 from potstill.geometry.masks import MaskOverlap, WeightMasks, overlap_with
-from potstill.geometry.sparsity import next_bf16
+from potstill.geometry.sparsity import changed_mask, next_bf16
 from potstill.seeds import derive
+
+Bits = UInt8[np.ndarray, " bytes"]
+"""A mask, eight weights to a byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +106,19 @@ def overlap_null(w0: Matrix, masks: WeightMasks, density: float, seed: int) -> M
         ConfigError: as `density_matched_update`.
     """
     return overlap_with(masks, w0, w0.float() + density_matched_update(w0, density, seed))
+
+
+def packed_masks(w0: Matrix, w1: Matrix, seed: int) -> dict[str, Bits]:
+    """The changed weights of w0 -> w1, and those of a random update on w0 that changes as many: eight to a byte.
+
+    Both are what `compare` needs for the overlap of two runs' masks: two random updates share weights as well, because
+    small ones change first.
+    """
+    changed = changed_mask(w0, w1)
+    random, density = changed, changed.double().mean().item()
+    if 0 < density < 1:
+        random = changed_mask(w0, w0.float() + density_matched_update(w0, density, seed))
+    return {name: np.packbits(m.cpu().numpy().reshape(-1)) for name, m in (("changed", changed), ("random", random))}
 
 
 def permuted_update(dw: Matrix, seed: int) -> Matrix:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float64
 
 from potstill.geometry.angles import angles_between, rotation
 from potstill.geometry.cache import Origin
-from potstill.geometry.checks import Matrix, finite
+from potstill.geometry.checks import Matrix, checked, finite
 from potstill.geometry.decompose import Decomposition, decompose
 from potstill.geometry.floors import isotropic_shift, isotropic_stable_rank, storage
 from potstill.geometry.inputs import Update
@@ -85,6 +85,7 @@ def measure_update(name: Name, w0: Matrix, origin: Origin, update: Update, key: 
         ConfigError: weights that are not finite, or of a rank below k.
     """
     w1, dw = update.w1, update.dw
+    checked(w0, w1)
     finite(w1)
     norm, norm0 = (torch.linalg.vector_norm(w, dtype=torch.float64).item() for w in (dw, w0))
     sparsity = update_sparsity(w0, w1)

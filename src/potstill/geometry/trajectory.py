@@ -4,7 +4,7 @@ sim_V      Sim_16 of dW_t with the last dW, input side; _U the output side; 16 /
 sim{K}_V   the same for other K
 later_V    Sim_16 of dW_t with all that came after it, dW_T - dW_t: no step is counted twice
 null       the same for a walk of noise gradients through the layer's inputs (`nulls.noise_trajectory`), or through
-           white inputs where the layer's own are not known
+           white inputs where the layer's own are not known; srank_noise: its stable rank
 """
 
 import math
@@ -79,7 +79,8 @@ def follow(
     if len(found) < 2:
         return Trajectory(columns=columns, similarity={})
     k = min(K, sizes(*shape)[-1])
-    null_found, null_after = _noise(shape, steps, k, key, covariance)
+    walk, null_after = _noise(shape, steps, k, key, covariance)
+    null_found = [bases(d) for d, _ in walk]
     for t, own in enumerate(found):
         for side, d in zip("UV", shape, strict=True):
             columns[t][f"sim_{side}_chance"] = k / d
@@ -91,9 +92,12 @@ def follow(
                 f"sim_{side}_null": _sim(null, last_null, side, k),
             }
             columns[t] |= {f"sim{w}_{side}": _sim(own, found[-1], side, w) for w in sizes(*shape)}
+            columns[t] |= {f"sim{w}_{side}_null": _sim(null, last_null, side, w) for w in sizes(*shape) if w <= k}
             if t < len(after):
                 columns[t][f"later_{side}"] = _sim(own, after[t], side, k)
                 columns[t][f"later_{side}_null"] = _sim(null, null_after[t], side, k)
+        if own is not None:
+            columns[t]["srank_noise"] = walk[t][1]
         if own is not None and covariance is not None and own["V"].shape[1] >= k:
             columns[t]["inputs"] = _alignment(own["V"][:, :k], covariance)
     return Trajectory(columns=columns, similarity=_matrices([b for b in found if b], len(found), shape))
@@ -122,10 +126,12 @@ def _matrices(found: list[Bases], count: int, shape: tuple[int, int]) -> dict[st
 
 def _noise(
     shape: tuple[int, int], steps: Sequence[int], k: int, key: int, covariance: Float[Tensor, "n n"] | None
-) -> tuple[list[Bases | None], list[Bases | None]]:
-    """Leading vectors of a walk of noise and of what follows each of its points."""
+) -> tuple[list[tuple[Decomposition, float]], list[Bases | None]]:
+    """A walk of noise at each step, decomposed, with its stable rank; and leading vectors of what follows each point."""
     walk = list(_white(shape, steps, key) if covariance is None else noise_trajectory(covariance, shape[0], steps, key))
-    return [bases(decompose(dw, k)) for dw in walk], [bases(decompose(walk[-1] - dw, k)) for dw in walk[:-1]]
+    found = [decompose(dw, k) for dw in walk]
+    ranks = [(dw.double().norm() / d.s[0]).item() ** 2 for dw, d in zip(walk, found, strict=True)]
+    return list(zip(found, ranks, strict=True)), [bases(decompose(walk[-1] - dw, k)) for dw in walk[:-1]]
 
 
 def _white(shape: tuple[int, int], steps: Sequence[int], key: int) -> Iterator[Float[Tensor, "m n"]]:

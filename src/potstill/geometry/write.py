@@ -10,6 +10,7 @@ from typing import Any
 from potstill.geometry.floors import weight_decay_floor
 from potstill.geometry.inputs import Inputs
 from potstill.geometry.rows import Row, Settings
+from potstill.progress import accuracy
 
 
 def decay_floors(inputs: Inputs) -> dict[int, float]:
@@ -25,6 +26,20 @@ def decay_floors(inputs: Inputs) -> dict[int, float]:
         )
         for p in inputs.checkpoints
     }
+
+
+def training(inputs: Inputs) -> Row | None:
+    """Of a run: its method, its projection, and its scores over time; None for folders."""
+    run = inputs.run
+    if run is None:
+        return None
+    scores = [
+        {"step": row["step"], "progress": row["step"] / inputs.total} | accuracy(row)
+        for row in run.evals
+        if row["name"] == "sampled"
+    ]
+    resolved = run.resolved
+    return {"method": resolved["method"], "projection": resolved.get("projection"), "scores": scores}
 
 
 def warnings(rows: Sequence[Row], inputs: Inputs, settings: Settings, failed: Mapping[str, str]) -> list[str]:

@@ -71,7 +71,12 @@ KEYS = {
         ("update rotated", NULL, True),
         ("Gaussian, by formula", THIRD, True),
     ),
-    "shape": (("this run", OWN, False), ("entries permuted", NULL, True), ("Gaussian, by formula", THIRD, True)),
+    "shape": (
+        ("this run", OWN, False),
+        ("noise gradients", OTHER, True),
+        ("entries permuted", NULL, True),
+        ("Gaussian, by formula", THIRD, True),
+    ),
     "locking": (("this run", OWN, False), ("noise gradients", NULL, True), ("chance", THIRD, True)),
 }
 """Legends: name, colour, dashed."""
@@ -217,6 +222,7 @@ def _shape(figures: Figures, group: str) -> list[Chart]:
             points,
             [
                 Curve("srank", "this run", OWN),
+                Curve("srank_noise", "noise", OTHER, True),
                 Curve("srank_null", "permuted", NULL, True),
                 Curve("srank_chance", "Gaussian", THIRD, True),
             ],

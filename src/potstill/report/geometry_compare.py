@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from potstill.errors import CheckpointError, ConfigError
-from potstill.report import _environment, _script
+from potstill.report import _environment, _script, geometry_scores
 from potstill.report.charts import Chart, Point, Series, line_chart
 from potstill.report.geometry_numbers import GROUPS, NUMBERS, Figures, Number
 from potstill.run import write_whole
@@ -89,6 +89,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         "first": {label: row[0] for label, row in points.items()},
         "points": points,
         "growth": {label: f["growth"][group] for label, f in found.items()},
+        "training": {label: {"training": f.get("training")} for label, f in found.items()},
         "between": between(dict(zip(found, folders, strict=True)), found, group),
     }
 
@@ -119,7 +120,52 @@ def between(folders: Mapping[str, Path], found: Mapping[str, Figures], group: st
         return None
     matrix = [[float(np.mean([_similarity(a[m], b[m]) for m in both])) for b in kept.values()] for a in kept.values()]
     one = next(iter(kept.values()))
-    return {"similarity": matrix, "chance": float(np.mean([one[m].shape[1] / one[m].shape[0] for m in both]))}
+    return {
+        "masks": masks(folders, both),
+        "similarity": matrix,
+        "chance": float(np.mean([one[m].shape[1] / one[m].shape[0] for m in both])),
+    }
+
+
+def masks(folders: Mapping[str, Path], matrices: Sequence[str]) -> dict[str, Any] | None:
+    """Mean Jaccard overlap of the weights that every two runs changed, that of random updates, and by chance.
+
+    |A and B| / |A or B| of the last updates' masks in bf16; `random`: of updates on W0 that change as many weights each;
+    `chance`: p q / (p + q - p q), for masks that know nothing of W0. None without masks.npz.
+    """
+    if not all((folder / "masks.npz").is_file() for folder in folders.values()):
+        return None
+    files = [np.load(folder / "masks.npz") for folder in folders.values()]
+    out: dict[str, Any] = {"jaccard": [], "random": [], "chance": []}
+    for a in files:
+        rows = [_agreement(a, b, matrices) for b in files]
+        for name, value in zip(out, zip(*rows, strict=True), strict=True):
+            out[name].append(list(value))
+    for file in files:
+        file.close()
+    return out
+
+
+def _agreement(a: Any, b: Any, matrices: Sequence[str]) -> tuple[float, float, float]:
+    """Means over the matrices in which anything changed."""
+    own, random, chance = [], [], []
+    for matrix in matrices:
+        left, right, both, either = _counts(a[f"{matrix}/changed"], b[f"{matrix}/changed"])
+        size = 8 * len(a[f"{matrix}/changed"])
+        p, q = left / size, right / size
+        if not either:
+            continue
+        own.append(both / either)
+        chance.append(p * q / (p + q - p * q))
+        _, _, both, either = _counts(a[f"{matrix}/random"], b[f"{matrix}/random"])
+        random.append(both / either)
+    return float(np.mean(own)), float(np.mean(random)), float(np.mean(chance))
+
+
+def _counts(a: Any, b: Any) -> tuple[int, int, int, int]:
+    """Bits in a, in b, in both and in either."""
+    left, right, both = (int(np.unpackbits(x).sum()) for x in (a, b, a & b))
+    return left, right, both, left + right - both
 
 
 def _similarity(a: Any, b: Any) -> float:
@@ -173,6 +219,8 @@ def render(compared: Mapping[str, Any]) -> str:
         similar=SIMILAR,
         told=told,
         charts=_charts(compared["points"], marks),
+        score_charts=geometry_scores.charts(compared["training"], marks),
+        projected=geometry_scores.projected(compared["training"]),
         script=script,
         script_hash=script_hash,
     )

@@ -55,7 +55,12 @@ NUMBERS = (
     Number("changed in bf16", "density", True, (("density_null", ROTATED),)),
     Number("norm of dW", "fro"),
     Number("  relative to W0", "rel_fro"),
-    Number("stable rank of dW", "srank", False, (("srank_null", PERMUTED), ("srank_chance", "Gaussian"))),
+    Number(
+        "stable rank of dW",
+        "srank",
+        False,
+        (("srank_null", PERMUTED), ("srank_noise", NOISE), ("srank_chance", "Gaussian")),
+    ),
     Number("Hill, k = 16", "hill_k16", False, (("hill_k16_null", PERMUTED),)),
     Number("energy of the top 16", "e16", True, (("e16_null", PERMUTED),)),
     Number("participation ratio", "part_ratio", False, (("part_ratio_null", PERMUTED),)),
