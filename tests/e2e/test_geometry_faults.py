@@ -65,6 +65,31 @@ def codes() -> None:
     changed("w1", lambda weights: weights.update({n: w.to(torch.int8) for n, w in weights.items()}))
 
 
+def float8() -> None:
+    changed("w1", lambda weights: weights.update({n: w.to(torch.float8_e4m3fn) for n, w in weights.items()}))
+
+
+def cut_config() -> None:
+    changed("w1", lambda weights: None)
+    Path("w1/config.json").write_text("{")
+
+
+def empty_index() -> None:
+    shutil.copytree("w0", "w1")
+    Path("w1/model.safetensors.index.json").write_text("{}")
+
+
+def adapter_without_scale() -> None:
+    adapter()
+    Path("w1/adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def half_an_adapter() -> None:
+    adapter()
+    file = "w1/adapter_model.safetensors"
+    save_file({name: w for name, w in load_file(file).items() if "lora_A" in name}, file)
+
+
 def adapter() -> None:
     wrapped = get_peft_model(tiny.model("llama", 40), LoraConfig(r=2, target_modules=["q_proj"]))
     wrapped.save_pretrained("w1")
@@ -83,6 +108,13 @@ def nothing() -> None:
         (nan_everywhere, ("w0", "w1"), ["none of 14 matrices can be measured", "nan or infinite weights"]),
         (quantised, ("w0", "w1"), ["w1 is quantised", "Take the checkpoint it was made from"]),
         (codes, ("w0", "w1"), ["none of 14 matrices can be measured", "torch.int8", "Dequantise"]),
+        (float8, ("w0", "w1"), ["none of 14 matrices can be measured", "torch.float8_e4m3fn", "Dequantise"]),
+        (cut_config, ("w0", "w1"), ["w1/config.json is no JSON", "download it again"]),
+        (empty_index, ("w0", "w1"), ["model.safetensors.index.json names no files"]),
+        (adapter_without_scale, ("w0", "w1"), ["adapter_config.json has no lora_alpha"]),
+        (half_an_adapter, ("w0", "w1"), ["lora_A.weight without base_model", "save the adapter again"]),
+        (nothing, ("w0", "w0", "--device", "gpu"), ["device = 'gpu'", "Give cpu"]),
+        (nothing, ("w0", "w0", "--device", "cuda:99"), ["device = 'cuda:99'", "GPU here"]),
         (nothing, ("w0",), ["one checkpoint (w0) has no update", "Give the start first"]),
         (adapter, ("w1",), ["one checkpoint (w1) has no update"]),
         (adapter, ("w1", "w0"), ["w1 is an adapter", "Give its base first"]),
@@ -100,6 +132,36 @@ def test_a_k_beyond_a_matrix_is_cut_and_told(potstill: Command) -> None:
     ended = potstill("geometry", "w0", "w1", "-k", "4000", "--out", "out", "--cache", "cache")
     assert ended.code == 0, ended.err
     assert "k = 4000 was cut to half of the smaller side of 14 matrices" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda weights: weights.update({Q: weights[Q][:, :8].contiguous()}),
+            "its shape is [32, 32] in w0 and [32, 8] in w1",
+        ),
+        (lambda weights: weights.pop(Q), "w1 does not have it"),
+    ],
+)
+def test_a_matrix_of_another_shape_or_name_is_named(
+    potstill: Command, change: Callable[[Weights], object], why: str
+) -> None:
+    changed("w1", change)
+    ended = potstill("geometry", "w0", "w1", "--out", "out", "--cache", "cache")
+    assert ended.code == 0, ended.err
+    assert f"1 matrices could not be measured: {Q}" in ended.out
+    figures = json.loads(Path("out/geometry.json").read_text())
+    assert figures["matrices"] == 13
+    assert figures["failed"] == {Q: why}
+
+
+def test_what_an_adapter_was_not_meant_for_is_no_fault(potstill: Command) -> None:
+    adapter()
+    ended = potstill("geometry", "w0", "w1", "--out", "out", "--cache", "cache")
+    assert ended.code == 0, ended.err
+    assert "could not be measured" not in ended.out
+    assert "12 not in every checkpoint" in ended.out
 
 
 def test_one_bad_matrix_does_not_stop_the_others(potstill: Command) -> None:

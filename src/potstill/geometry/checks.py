@@ -13,7 +13,7 @@ Matrix = Shaped[Tensor, "..."]
 
 
 def checked(*matrices: Matrix) -> None:
-    """Raise ConfigError unless all are finite, floating-point, two-dimensional and of one shape."""
+    """Raise ConfigError unless all are floating-point, two-dimensional and of one shape. `finite` looks at the values."""
     first = matrices[0]
     for w in matrices:
         if w.ndim != 2 or w.numel() == 0:
@@ -21,7 +21,9 @@ def checked(*matrices: Matrix) -> None:
                 f"a tensor of shape {list(w.shape)} is not a weight matrix: the geometry is that of [out, in] matrices. "
                 "Leave out norms and biases, and reshape convolutions to two dimensions"
             )
-        if not w.is_floating_point():
+        if (
+            not w.is_floating_point() or w.element_size() < 2
+        ):  # torch calls float8 floating, but its scales lie elsewhere
             raise ConfigError(
                 f"weights of type {w.dtype} cannot be compared: quantised codes are not numbers on one scale. "
                 "Dequantise the checkpoint first, or take its bf16 original"

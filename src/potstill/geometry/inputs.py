@@ -69,7 +69,7 @@ class Folder:
         self._files: dict[str, Path] = {}
         self._types: dict[str, str] = {}
         config = path / "config.json"
-        if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+        if config.is_file() and "quantization_config" in _json(config):
             raise ConfigError(
                 f"{path} is quantised: its codes are not numbers on one scale, and two of them have no difference. "
                 "Take the checkpoint it was made from"
@@ -100,13 +100,13 @@ class Adapter:
     """A LoRA adapter in peft's format: dW = (alpha / r) B A, and W1 = W0 + dW in fp32.
 
     Raises:
-        CheckpointError: no adapter_model.safetensors, or a damaged one.
+        CheckpointError: no adapter_model.safetensors, or a damaged one, or one without its other factor or its scale.
         ConfigError: an adapter whose update is no plain product.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        self.config = _json(path / "adapter_config.json")
         odd = [n for n in ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out") if self.config.get(n)]
         if self.config.get("peft_type", "LORA") != "LORA" or odd:
             what = odd or [self.config["peft_type"]]
@@ -119,13 +119,20 @@ class Adapter:
             raise CheckpointError(
                 f"{path} has no adapter_model.safetensors. Save the adapter again with save_pretrained"
             )
+        if "lora_alpha" not in self.config:
+            raise CheckpointError(
+                f"{path}/adapter_config.json has no lora_alpha, so the scale alpha / r of its update is not known. "
+                "Save the adapter again with save_pretrained"
+            )
         self.shapes: dict[str, tuple[int, ...]] = {}
         with _opened(self._file) as tensors:
-            self._names = set(tensors.keys())
-            for name in sorted(self._names):
-                if name.endswith(".lora_A.weight"):
-                    a, b = tensors.get_slice(name), tensors.get_slice(name.replace("lora_A", "lora_B"))
-                    self.shapes[_without_peft(name)] = (b.get_shape()[0], a.get_shape()[1])
+            names = set(tensors.keys())
+            for name in sorted(n for n in names if n.endswith(".lora_A.weight")):
+                other = name.replace("lora_A", "lora_B")
+                if other not in names:
+                    raise CheckpointError(f"{self._file} has {name} without {other}. Copy or save the adapter again")
+                rows, columns = tensors.get_slice(other).get_shape()[0], tensors.get_slice(name).get_shape()[1]
+                self.shapes[_without_peft(name)] = (rows, columns)
 
     def stored(self, name: str) -> str:
         """`LORA`: the factors are exact enough whatever their type."""
@@ -269,7 +276,10 @@ def _local(path: str) -> Path:
 def _model_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        weights = _json(index).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise CheckpointError(f"{index} names no files (weight_map). Download or copy it again")
+        names = set(weights.values())
         if missing := sorted(n for n in names if not (path / n).is_file()):
             raise CheckpointError(
                 f"{path} lacks {missing[0]} ({len(missing)} of {len(names)} files that its index names). "
@@ -283,6 +293,16 @@ def _model_files(path: Path) -> list[Path]:
             "(pytorch_model.bin) become safetensors with from_pretrained and save_pretrained"
         )
     return files
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error}). It was cut short: copy or download it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no JSON object. Copy or download it again")
+    return found
 
 
 def _opened(file: Path) -> Any:

@@ -66,15 +66,37 @@ def choose(w0: Folder, checkpoints: list[Checkpoint], only: str = "all") -> tupl
     return sorted(chosen, key=lambda n: n.layer), dict(left)
 
 
+def mismatched(w0: Folder, checkpoints: list[Checkpoint], only: str = "all") -> dict[str, str]:
+    """Matrices of W0 that a checkpoint has in another shape, or that a whole model lacks: name -> what is wrong.
+
+    An adapter leaves out what it was not meant for, so what it lacks is no fault.
+    """
+    out: dict[str, str] = {}
+    for name, shape in w0.shapes.items():
+        if _outside(name, shape) or (only == "attention" and not ATTENTION.search(name)):
+            continue
+        for point in checkpoints:
+            other = point.weights.shapes.get(name)
+            if other is None and isinstance(point.weights, Folder):
+                out[name] = f"{point.weights.path} does not have it"
+            elif other is not None and other != shape:
+                out[name] = f"its shape is {list(shape)} in {w0.path} and {list(other)} in {point.weights.path}"
+    return out
+
+
 def _left_out(name: str, shape: tuple[int, ...], checkpoints: list[Checkpoint]) -> str | None:
-    if OUTSIDE.search(name):
-        return "embeddings or output layer"
-    if len(shape) != 2 or min(shape) < 2:
-        return "not a matrix (norms, biases)"
+    if why := _outside(name, shape):
+        return why
     others = [point.weights.shapes.get(name) for point in checkpoints]
     if None in others:
         return "not in every checkpoint"
     return "of another shape in a checkpoint" if any(s != shape for s in others) else None
+
+
+def _outside(name: str, shape: tuple[int, ...]) -> str | None:
+    if OUTSIDE.search(name):
+        return "embeddings or output layer"
+    return "not a matrix (norms, biases)" if len(shape) != 2 or min(shape) < 2 else None
 
 
 def _name(name: str, shape: tuple[int, ...]) -> Name:

@@ -1,5 +1,6 @@
 """`potstill geometry`: every number for a start and a row of checkpoints, one matrix at a time."""
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from potstill.geometry.aggregate import aggregate, by_module, groups, growth
 from potstill.geometry.cache import Cache, default_folder
 from potstill.geometry.floors import storage
 from potstill.geometry.inputs import Inputs, read_inputs
-from potstill.geometry.matrices import Name, choose
+from potstill.geometry.matrices import Name, choose, mismatched
 from potstill.geometry.moments import Moments, input_moments
 from potstill.geometry.nulls import Bits, packed_masks
 from potstill.geometry.rows import Row, Settings, example, measure_update
@@ -88,6 +89,7 @@ def measure(
     settings = Settings(k=k, rank=rank, nulls=nulls, seed=seed)
     kept = Cache(Path(cache) if cache else default_folder())
     run = _Measuring(inputs, names, settings, kept, input_moments(inputs, names), torch.device(device))
+    run.failed |= mismatched(inputs.w0, inputs.checkpoints, only)
     with ExitStack() as stack:
         folder = stack.enter_context(whole_directory(Path(out))) if out else None
         files = (
@@ -121,8 +123,11 @@ def _check(out: str | Path | None, k: int, rank: int, nulls: int, device: str) -
         )
     if nulls < 2:
         raise ConfigError(f"nulls = {nulls}: a null has no spread with fewer than 2 draws. Give 2 or more")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r}, but torch sees no GPU here. Leave it out to compute on the CPU")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"device = {device!r} is none that computes in double precision. Give cpu, cuda or cuda:1")
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count() or "no"
+        raise ConfigError(f"device = {device!r}, but torch sees {count} GPU here. Leave it out to compute on the CPU")
 
 
 class _Measuring:
