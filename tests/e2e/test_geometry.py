@@ -92,6 +92,27 @@ def test_an_adapters_run_is_measured_through_its_factors(potstill: Command) -> N
         assert (one["stored"], other["stored"]) == ("LORA", "F32")
 
 
+def test_a_run_that_kept_one_checkpoint_is_followed_through_its_recordings(potstill: Command) -> None:
+    recorded = ("name=seen", "steps=4", "geometry={every=1, most=9.0}", "save={every=4, keep=1, rollouts_every=1}")
+    assert potstill("train", "tiny.toml", *recorded).code == 0
+    assert potstill("geometry", "runs/seen", "--only", "attention").code == 0
+    figures = json.loads(Path("runs/geometry-seen/geometry.json").read_text())
+    assert [c["step"] for c in figures["checkpoints"]] == [4]
+    points = figures["recorded"]["aggregate"]["attention"]
+    assert [p["step"] for p in points] == [1, 2, 3, 4]
+    last = {row["matrix"]: row for row in figures["rows"]}
+    for row in figures["recorded"]["rows"]:
+        assert 0 < row["sim_V"] <= 1
+        assert row["sim_V_null"] > row["sim_V_chance"]
+        if row["step"] == 4:
+            for name in ("fro", "srank", "hill_k16", "e16", "part_ratio"):
+                assert row[name] == pytest.approx(last[row["matrix"]][name], rel=1e-4), name
+    assert figures["inputs"], "noise passes through the layers' own inputs"
+    page = Path("runs/geometry-seen/geometry.html").read_text(encoding="utf-8")
+    assert "dW with the last dW, right" in page
+    assert "Lines with 4 points are of what was recorded" in page
+
+
 def test_the_pages_need_no_network(potstill: Command) -> None:
     ended = potstill("geometry", "compare", "runs/geometry-tiny", "runs/geometry-lora", "--out", "both.html")
     assert ended.code == 0, ended.err

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from potstill.errors import ConfigError
+from potstill.errors import CheckpointError, ConfigError
 from potstill.geometry import decompose, mask_jaccard, measure, noise_trajectory, stable_rank, subspace_similarity
 from potstill.geometry.aggregate import growth, spread, weighted_sparsity
 from potstill.geometry.rows import density_map
 from potstill.geometry.trajectory import bases, follow
+from potstill.report import geometry as page
 from potstill.report import geometry_compare
 
 Q, D = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -178,6 +180,7 @@ def test_a_walk_of_noise_is_like_its_null(walked: Path):
     figures = json.loads((walked / "geometry-small" / "geometry.json").read_text())
     assert (figures["clock"], figures["inputs"]) == ("names", None)
     assert figures["growth"]["all"] == pytest.approx(0.5, abs=0.02)
+    assert figures["growth_noise"]["all"] == pytest.approx(0.5), "folders say nothing of learning rates"
     first = figures["aggregate"]["all"][0]["columns"]
     for name in ("sim_V", "sim_U", "later_V", "later_U"):
         assert first[name]["mean"] == pytest.approx(first[f"{name}_null"]["mean"], abs=0.06), name
@@ -217,14 +220,51 @@ def test_geometries_are_compared_at_equal_progress_and_at_equal_norm(walked: Pat
         "geometry-small": 300,
         "geometry-large": 100,
     }
+    assert compared["far"] == {}, "c 2 against c sqrt(3): a factor of 1.15"
+    assert "about equally large" in geometry_compare.render(compared)
     assert compared["between"]["similarity"][0][1] == pytest.approx(1, abs=1e-3), "the same directions"
     page = geometry_compare.render(compared)
     assert "geometry-large, step 100" in page
     assert "Do they change the same weights?" in page
     assert "figures 6 and 8" not in page, "folders have no scores"
+    shutil.copytree(folders[0], walked / "cut")
+    (walked / "cut" / "geometry.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is no JSON"):
+        geometry_compare.compare([folders[0], walked / "cut"])
     for wrong in (folders[:1], [folders[0], folders[0]]):
         with pytest.raises(ConfigError):
             geometry_compare.compare(wrong)
+
+
+def test_a_run_without_a_checkpoint_near_the_norm_is_named(walked: Path, tmp_path: Path):
+    figures = json.loads((walked / "geometry-large" / "geometry.json").read_text())
+    for points in figures["aggregate"].values():
+        for point in points:
+            point["columns"]["fro"]["mean"] *= 10
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge" / "geometry.json").write_text(json.dumps(figures))
+    compared = geometry_compare.compare([walked / "geometry-small", tmp_path / "huge"])
+    assert compared["far"] == {"huge": pytest.approx(20 / math.sqrt(3), rel=0.05)}
+    assert "huge has no checkpoint near it: 12 times" in geometry_compare.render(compared)
+
+
+def test_the_page_draws_what_was_recorded_where_that_is_more(walked: Path):
+    figures = json.loads((walked / "geometry-small" / "geometry.json").read_text())
+    plain = page.render(figures)
+    assert plain.count("<circle") > 20
+    for said in ("share of changed weights on", "of them changed", "right side, K = 16", "left side, K = 16"):
+        assert said in plain
+    assert "was recorded while it trained" not in plain
+    more = [p | {"progress": x} for x in (0.1, 0.2, 0.3, 0.6, 1.0) for p in figures["aggregate"]["attention"][:1]]
+    figures["recorded"] = {"aggregate": {"attention": more}, "growth": {}, "growth_noise": {}}
+    assert "Lines with 5 points are of what was recorded" in page.render(figures)
+    alone = figures | {"aggregate": {"attention": figures["aggregate"]["attention"][-1:]}}
+    alone["similarity"] = {"attention": {"U": {}, "V": {}}}
+    alone["recorded"]["growth"] = alone["recorded"]["growth_noise"] = {"attention": 0.5}
+    drawn = page.render(alone)
+    assert "Grows as t^0.50; noise as t^0.50" in drawn
+    assert "dW with the last dW, right" in drawn
+    assert "dW with what comes after" not in drawn, "it needs checkpoints"
 
 
 def test_masks_of_two_runs_overlap_as_random_ones_do_unless_they_agree(tmp_path: Path):

@@ -51,7 +51,7 @@ def _point(rows: Sequence[Row]) -> Row:
         "progress": rows[0]["progress"],
         "matrices": len(rows),
         "still": sum(row["fro"] == 0 for row in rows),
-        "sparsity": weighted_sparsity(rows),
+        "sparsity": weighted_sparsity(rows) if "changed" in rows[0] else None,
         "columns": {name: value for name, value in found.items() if value},
     }
 
@@ -84,11 +84,11 @@ def by_module(rows: Sequence[Row]) -> dict[str, Row]:
     return out
 
 
-def growth(points: Mapping[str, Sequence[Row]]) -> dict[str, float | None]:
+def growth(points: Mapping[str, Sequence[Row]], column: str = "fro") -> dict[str, float | None]:
     """Group -> slope of log mean ||dW_t||_F over log t; None for fewer than two checkpoints that moved."""
     out: dict[str, float | None] = {}
     for name, row in points.items():
-        moved = [p for p in row if p["columns"]["fro"]["mean"] > 0]
-        norms = [p["columns"]["fro"]["mean"] for p in moved]
+        moved = [p for p in row if p["columns"].get(column, {"mean": 0})["mean"] > 0]
+        norms = [p["columns"][column]["mean"] for p in moved]
         out[name] = growth_exponent([p["step"] for p in moved], norms) if len(moved) > 1 else None
     return out

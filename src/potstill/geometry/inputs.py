@@ -179,7 +179,8 @@ class Inputs:
     @property
     def label(self) -> str:
         """What to call the trajectory."""
-        return (self.run.path if self.run else self.checkpoints[-1].weights.path).resolve().name
+        path = (self.run.path if self.run else self.checkpoints[-1].weights.path).resolve()
+        return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed-\d+", path.name) else path.name
 
 
 def read_inputs(w0: str | Path, checkpoints: list[str | Path]) -> Inputs:

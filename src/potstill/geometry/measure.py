@@ -21,6 +21,7 @@ from potstill.geometry.inputs import Inputs, read_inputs
 from potstill.geometry.matrices import Name, choose, mismatched
 from potstill.geometry.moments import Moments, input_moments
 from potstill.geometry.nulls import Bits, packed_masks
+from potstill.geometry.recorded import noise_times, recorded
 from potstill.geometry.rows import Row, Settings, example, measure_update
 from potstill.geometry.trajectory import Bases, K, Trajectory, bases, follow, later
 from potstill.geometry.write import clean, decay_floors, training, warnings, write
@@ -150,6 +151,7 @@ class _Measuring:
         self.example: Row | None = None
         self._shown = _middle(names)
         self._decay = decay_floors(inputs)
+        self._times = noise_times(inputs.run, [p.step for p in inputs.checkpoints])
 
     def matrix(self, name: Name, files: Mapping[str, zipfile.ZipFile]) -> None:
         """Measure one matrix at every checkpoint. One that cannot be measured is named, and the others go on."""
@@ -192,8 +194,9 @@ class _Measuring:
         covariance = self.moments.of(name.matrix) if self.moments else None
         if covariance is not None:
             covariance = covariance.to(self.device)
-        steps = [p.step for p in points]
-        self.followed[name.matrix] = follow(found, after, steps, (name.m, name.n), seed, covariance)
+        self.followed[name.matrix] = follow(found, after, self._times, (name.m, name.n), seed, covariance)
+        for row, time in zip(rows, self._times, strict=True):
+            row["fro_noise"] = rows[-1]["fro"] * (time / self._times[-1]) ** 0.5
         columns = self.followed[name.matrix].columns
         masks = packed_masks(w0, last.w1, derive("geometry", name.matrix, rows[-1]["fro"].hex(), s.seed))
         return [row | more for row, more in zip(rows, columns, strict=True)], found, masks
@@ -230,11 +233,17 @@ class _Measuring:
             "cache": {"hits": self.cache.hits, "misses": self.cache.misses},
             "aggregate": points,
             "growth": growth(points),
+            "growth_noise": growth(points, "fro_noise"),
             "modules": by_module(last),
             "similarity": self._similarity(last),
+            "recorded": self._recorded(),
             "example": self.example,
             "rows": self.rows,
         }
+
+    def _recorded(self) -> Row | None:
+        run = self.inputs.run
+        return recorded(run, self.names, self.inputs.total, self.moments, self.settings.seed) if run else None
 
     def _similarity(self, last: Sequence[Row]) -> Row:
         """Group -> side -> K -> mean over the matrices of Sim_K between every two checkpoints."""

@@ -42,12 +42,14 @@ class Moments:
 
 
 def input_moments(inputs: Inputs, names: Sequence[Name]) -> Moments | None:
-    """Run W0 over a run's texts; None where there is no run, no kept text, or one checkpoint only.
+    """Run W0 over a run's texts; None where there is no run, no kept text, or a single point only.
 
     Raises:
         ModelError: W0 cannot be loaded.
     """
-    if inputs.run is None or len(inputs.checkpoints) < 2 or not inputs.run.rollout_steps:
+    if inputs.run is None or not inputs.run.rollout_steps:
+        return None
+    if len(inputs.checkpoints) < 2 and not inputs.run.trajectory:  # no course, whose noise would need them
         return None
     from potstill import models
 
@@ -67,9 +69,7 @@ def input_moments(inputs: Inputs, names: Sequence[Name]) -> Moments | None:
         if read >= TOKENS:
             break
     samples = {name: torch.cat(parts)[:TOKENS].float() for name, parts in seen.items()}
-    return Moments(
-        samples=samples, first=first, told=f"{min(read, TOKENS)} tokens of {inputs.run.path.name}'s rollouts"
-    )
+    return Moments(samples=samples, first=first, told=f"{min(read, TOKENS)} tokens of {inputs.label}'s rollouts")
 
 
 def _texts(run: Run, tokenizer: Any, context: int) -> Any:

@@ -157,7 +157,9 @@ def _haar(name: str, seed: int, d: int, r: int) -> Float64[Tensor, "d r"]:
     return q * upper.diagonal().sign()
 
 
-def noise_trajectory(covariance: Matrix, m: int, steps: Sequence[int], seed: int) -> Iterator[Float64[Tensor, "m n"]]:
+def noise_trajectory(
+    covariance: Matrix, m: int, steps: Sequence[int | float], seed: int
+) -> Iterator[Float64[Tensor, "m n"]]:
     """dW_t at each step of pure noise: the sum of t gradients delta^T x whose errors delta know nothing of the inputs x.
 
         dW_t - dW_s = sqrt(t - s) Z C^(1/2),  Z [m, n] fresh standard Gaussian,  C = E[x x^T]
@@ -170,7 +172,7 @@ def noise_trajectory(covariance: Matrix, m: int, steps: Sequence[int], seed: int
     Args:
         covariance: [n, n] C, the layer's input second moment; its scale only sets the norm.
         m: rows of the matrix.
-        steps: of the checkpoints, increasing.
+        steps: of the checkpoints, increasing; or how far the walk has come by then (`recorded.noise_times`).
         seed: of the noise.
 
     Raises:
@@ -187,10 +189,12 @@ def noise_trajectory(covariance: Matrix, m: int, steps: Sequence[int], seed: int
     return _random_walk(root, m, list(steps), seed)
 
 
-def _random_walk(root: Float64[Tensor, "n n"], m: int, steps: list[int], seed: int) -> Iterator[Float64[Tensor, "m n"]]:
-    dw, before = root.new_zeros(m, root.shape[0]), 0
+def _random_walk(
+    root: Float64[Tensor, "n n"], m: int, steps: list[int | float], seed: int
+) -> Iterator[Float64[Tensor, "m n"]]:
+    dw, before = root.new_zeros(m, root.shape[0]), 0.0
     for t in steps:
-        z = _gaussian(f"noise {t}", seed, m, root.shape[0]).to(root.device, torch.float64)
+        z = _gaussian(f"noise {t:g}", seed, m, root.shape[0]).to(root.device, torch.float64)
         dw = dw + math.sqrt(t - before) * (z @ root)
         before = t
         yield dw

@@ -60,7 +60,7 @@ def later(early: Update, last: Update) -> Decomposition | None:
 def follow(
     found: Sequence[Bases | None],
     after: Sequence[Bases | None],
-    steps: Sequence[int],
+    steps: Sequence[int | float],
     shape: tuple[int, int],
     key: int,
     covariance: Float[Tensor, "n n"] | None = None,
@@ -70,7 +70,7 @@ def follow(
     Args:
         found: leading vectors of dW_t at each checkpoint.
         after: those of dW_T - dW_t, for all checkpoints but the last.
-        steps: of the checkpoints.
+        steps: of the checkpoints, as far as a walk of noise goes by them (`recorded.noise_times`).
         shape: (m, n).
         key: seed of the noise.
         covariance: of the layer's inputs, where known.
@@ -107,7 +107,7 @@ def _sim(a: Bases | None, b: Bases | None, side: str, k: int) -> float:
     """nan where one of them did not move, or not in k directions."""
     if a is None or b is None or min(a[side].shape[1], b[side].shape[1]) < k:
         return math.nan
-    return similarity(a[side][:, :k], b[side][:, :k])
+    return min(similarity(a[side][:, :k], b[side][:, :k]), 1.0)  # rounding may exceed it
 
 
 def _alignment(v: Float64[Tensor, "n k"], covariance: Float[Tensor, "n n"]) -> float:
@@ -125,7 +125,7 @@ def _matrices(found: list[Bases], count: int, shape: tuple[int, int]) -> dict[st
 
 
 def _noise(
-    shape: tuple[int, int], steps: Sequence[int], k: int, key: int, covariance: Float[Tensor, "n n"] | None
+    shape: tuple[int, int], steps: Sequence[int | float], k: int, key: int, covariance: Float[Tensor, "n n"] | None
 ) -> tuple[list[tuple[Decomposition, float]], list[Bases | None]]:
     """A walk of noise at each step, decomposed, with its stable rank; and leading vectors of what follows each point."""
     walk = list(_white(shape, steps, key) if covariance is None else noise_trajectory(covariance, shape[0], steps, key))
@@ -134,10 +134,10 @@ def _noise(
     return list(zip(found, ranks, strict=True)), [bases(decompose(walk[-1] - dw, k)) for dw in walk[:-1]]
 
 
-def _white(shape: tuple[int, int], steps: Sequence[int], key: int) -> Iterator[Float[Tensor, "m n"]]:
+def _white(shape: tuple[int, int], steps: Sequence[int | float], key: int) -> Iterator[Float[Tensor, "m n"]]:
     """As `noise_trajectory` with C = 1, without its eigenvectors."""
-    dw, before = torch.zeros(shape), 0
+    dw, before = torch.zeros(shape), 0.0
     for t in steps:
-        dw = dw + isotropic_update(*shape, math.sqrt((t - before) * math.prod(shape)), derive(key, t))
+        dw = dw + isotropic_update(*shape, math.sqrt((t - before) * math.prod(shape)), derive(key, f"{t:g}"))
         before = t
         yield dw

@@ -6,12 +6,12 @@ Reads what geometry.json holds. Needs no torch.
 import struct
 import zlib
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.report import _environment, _script, numbers
+from potstill.report import _environment, _script, geometry_scores, numbers
 from potstill.report.charts import Chart, Point, Series, line_chart
 from potstill.report.geometry_numbers import GROUPS, NUMBERS, Figures, cell
 from potstill.run import write_whole
@@ -47,7 +47,10 @@ def render(figures: Figures) -> str:
         maps=_maps(figures),
         shape=_shape(figures, group),
         locking=_locking(figures, group),
-        similar=figures["similarity"][group]["V"].get("16"),
+        overlaps=_overlaps(figures, group),
+        similar={side: figures["similarity"][group][s].get("16") for s, side in (("V", "right"), ("U", "left"))},
+        recorded=len(_recorded(figures, group)),
+        scores=_scores(figures),
         keys=KEYS,
         script=script,
         script_hash=script_hash,
@@ -185,16 +188,44 @@ def image(grid: Sequence[Sequence[float]], colour: tuple[int, int, int] = (179, 
     return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
+OVERLAPS = {"princ": "principal weights", "low": "small weights", "princ_notlow": "principal, not small"}
+
+
+def _overlaps(figures: Figures, group: str) -> list[tuple[str, list[str]]]:
+    """(mask, cells): overlap, its three nulls, its ceiling, lift, recall, its null, share of energy, chance."""
+    columns = figures["aggregate"][group][-1]["columns"]
+
+    def told(name: str, show: Callable[[float], str] = numbers.percent) -> str:
+        return show(columns[name]["mean"]) if name in columns else ""
+
+    out: list[tuple[str, list[str]]] = []
+    for mask, title in OVERLAPS.items():
+        shares = [f"ov_{mask}{of}" for of in ("", "_null", "_perm", "_chance")] + [f"ceiling_{mask}"]
+        more = [f"recall_{mask}", f"recall_{mask}_null", f"energy_{mask}"]
+        out.append((title, [*map(told, shares), told(f"lift_{mask}", numbers.short), *map(told, more)]))
+    return out if f"ov_{mask}" in columns else []
+
+
 # --- figures 4 and 5: over the checkpoints ---------------------------------------------------------------------------
 
 
 def over_checkpoints(
-    title: str, points: Sequence[Any], curves: Sequence[Curve], unit: str = "", note: str = ""
+    title: str,
+    points: Sequence[Any],
+    curves: Sequence[Curve],
+    *,
+    recorded: Sequence[Any] = (),
+    unit: str = "",
+    note: str = "",
 ) -> Chart | None:
-    """Means over the matrices at each checkpoint; the band of an undashed line is their standard deviation."""
+    """Means over the matrices at each checkpoint, or at each recorded step, where these are more.
+
+    The band of an undashed line is their standard deviation.
+    """
     series: list[Series] = []
     for curve in curves:
-        known = [(p["progress"], p["columns"][curve.column]) for p in points if curve.column in p["columns"]]
+        among = max((points, recorded), key=lambda row: sum(curve.column in p["columns"] for p in row))
+        known = [(p["progress"], p["columns"][curve.column]) for p in among if curve.column in p["columns"]]
         drawn = [
             Point(100 * x, c["mean"])
             if curve.dashed
@@ -205,18 +236,30 @@ def over_checkpoints(
     return line_chart(title, series, x_label="% of training", unit=unit, note=note, dots=True)
 
 
+def _recorded(figures: Figures, group: str) -> list[Any]:
+    found = figures.get("recorded")
+    return found["aggregate"].get(group, []) if found else []
+
+
 def _shape(figures: Figures, group: str) -> list[Chart]:
-    points = figures["aggregate"][group]
-    if len(points) < 2:
+    points, recorded = figures["aggregate"][group], _recorded(figures, group)
+    if max(len(points), len(recorded)) < 2:
         return []
-    exponent = figures["growth"][group]
+    course = figures if len(points) > 1 else figures["recorded"]
+    exponent, noise = course["growth"][group], course["growth_noise"][group]
     hills = [
         Series("this run", OWN, _hill(points[-1], "")),
         Series("permuted", NULL, _hill(points[-1], "_null"), dashed=True),
     ]
-    grows = "" if exponent is None else f"Grows as t^{exponent:.2f}; noise as t^0.5, straight motion as t."
+    grows = "" if None in (exponent, noise) else f"Grows as t^{exponent:.2f}; noise as t^{noise:.2f}."
     return _charts(
-        over_checkpoints("Norm of dW", points, [Curve("fro", "this run", OWN)], note=grows),
+        over_checkpoints(
+            "Norm of dW",
+            points,
+            [Curve("fro", "this run", OWN), Curve("fro_noise", "noise", OTHER, True)],
+            recorded=recorded,
+            note=grows,
+        ),
         over_checkpoints(
             "Stable rank",
             points,
@@ -226,16 +269,21 @@ def _shape(figures: Figures, group: str) -> list[Chart]:
                 Curve("srank_null", "permuted", NULL, True),
                 Curve("srank_chance", "Gaussian", THIRD, True),
             ],
+            recorded=recorded,
         ),
         over_checkpoints(
             "Hill estimate",
             points,
             [Curve("hill_k16", "this run", OWN), Curve("hill_k16_null", "permuted", NULL, True)],
+            recorded=recorded,
             note="k = 16.",
         ),
         line_chart("Hill against k", hills, x_label="k", note="Last checkpoint: the estimate depends on k.", dots=True),
         over_checkpoints(
-            "Share of the top 16", points, [Curve("e16", "this run", OWN), Curve("e16_null", "permuted", NULL, True)]
+            "Share of the top 16",
+            points,
+            [Curve("e16", "this run", OWN), Curve("e16_null", "permuted", NULL, True)],
+            recorded=recorded,
         ),
     )
 
@@ -250,8 +298,8 @@ def _hill(point: Any, suffix: str) -> list[Point]:
 
 
 def _locking(figures: Figures, group: str) -> list[Chart]:
-    points = figures["aggregate"][group]
-    if len(points) < 2:
+    points, recorded = figures["aggregate"][group], _recorded(figures, group)
+    if max(len(points), len(recorded)) < 2:
         return []
 
     def chart(title: str, column: str, side: str, among: Sequence[Any]) -> Chart | None:
@@ -260,7 +308,7 @@ def _locking(figures: Figures, group: str) -> list[Chart]:
             Curve(f"{column}_null", "noise", NULL, True),
             Curve(f"sim_{side}_chance", "chance", THIRD, True),
         ]
-        return over_checkpoints(title, among, curves)
+        return over_checkpoints(title, among, curves, recorded=recorded if among is points else ())
 
     return _charts(
         chart("dW with the last dW, right", "sim_V", "V", points),
@@ -269,9 +317,9 @@ def _locking(figures: Figures, group: str) -> list[Chart]:
         chart("dW with what comes after, left", "later_U", "U", points[:-1]),
         line_chart(
             "Last dW against K",
-            _by_k(points[0]),
+            _by_k(points[0] if len(points) > 1 else recorded[0]),
             x_label="K",
-            note="First checkpoint with the last; blue: right, copper: left.",
+            note="First with last; blue: right, copper: left; dashed: noise.",
             dots=True,
         ),
     )
@@ -279,10 +327,22 @@ def _locking(figures: Figures, group: str) -> list[Chart]:
 
 def _by_k(point: Any) -> list[Series]:
     columns, ks = point["columns"], (4, 8, 16, 32, 64)
-    return [
-        Series(name, colour, [Point(float(k), columns[f"sim{k}_{s}"]["mean"]) for k in ks if f"sim{k}_{s}" in columns])
-        for s, name, colour in (("V", "right", OTHER), ("U", "left", OWN))
-    ]
+
+    def line(column: str) -> list[Point]:
+        named = {k: column.format(k) for k in ks}
+        return [Point(float(k), columns[name]["mean"]) for k, name in named.items() if name in columns]
+
+    sides = (("V", "right", OTHER), ("U", "left", OWN))
+    own = [Series(name, colour, line(f"sim{{}}_{s}")) for s, name, colour in sides]
+    return own + [Series(f"noise, {name}", colour, line(f"sim{{}}_{s}_null"), True) for s, name, colour in sides]
+
+
+# --- figures 6 and 8: what it was worth ------------------------------------------------------------------------------
+
+
+def _scores(figures: Figures) -> list[Chart]:
+    """Of a run that was evaluated while it trained."""
+    return geometry_scores.charts({"this run": figures}, {"this run": (OWN, False)})
 
 
 def _charts(*found: Chart | None) -> list[Chart]:

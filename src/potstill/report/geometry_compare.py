@@ -21,6 +21,8 @@ from potstill.report.charts import Chart, Point, Series, line_chart
 from potstill.report.geometry_numbers import GROUPS, NUMBERS, Figures, Number
 from potstill.run import write_whole
 
+NEAR = 1.25
+"""Norms within this factor of each other count as equal."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the training, at which methods are compared."""
 COLOURS = 6
@@ -49,7 +51,10 @@ def read(folders: Sequence[Path]) -> dict[str, Figures]:
         label = folder.resolve().name
         if label in found:
             raise ConfigError(f"two geometries are called {label!r}, so nobody could tell them apart. Rename a folder")
-        found[label] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found[label] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise CheckpointError(f"{file} is no JSON: it was cut short. Measure {label} again") from None
     return found
 
 
@@ -73,6 +78,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     points = {label: f["aggregate"][group] for label, f in found.items()}
     norms = {label: _norm(row[-1]) for label, row in points.items()}
     target = min(norms.values())
+    at_norm = {label: nearest(row, [abs(math.log(_norm(p) / target)) for p in row]) for label, row in points.items()}
     return {
         "group": group,
         "labels": list(found),
@@ -83,15 +89,25 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
             for share in SHARES
         },
         "norm": target,
-        "at_norm": {
-            label: nearest(row, [abs(math.log(_norm(p) / target)) for p in row]) for label, row in points.items()
+        "at_norm": at_norm,
+        "far": {
+            label: _norm(p) / target
+            for label, p in at_norm.items()
+            if abs(math.log(_norm(p) / target)) > math.log(NEAR)
         },
         "first": {label: row[0] for label, row in points.items()},
         "points": points,
-        "growth": {label: f["growth"][group] for label, f in found.items()},
+        "curves": {label: _curve(f, points[label], group) for label, f in found.items()},
+        "growth": {label: (f["growth"][group], f.get("growth_noise", {}).get(group)) for label, f in found.items()},
         "training": {label: {"training": f.get("training")} for label, f in found.items()},
         "between": between(dict(zip(found, folders, strict=True)), found, group),
     }
+
+
+def _curve(figures: Figures, points: list[Any], group: str) -> list[Any]:
+    """The recorded points, where a run recorded more than it kept checkpoints of."""
+    kept = (figures.get("recorded") or {"aggregate": {}})["aggregate"].get(group, [])
+    return kept if len(kept) > len(points) else points
 
 
 def _norm(point: Mapping[str, Any]) -> float:
@@ -189,9 +205,15 @@ def tables(compared: Mapping[str, Any]) -> list[Table]:
     wide = "in brackets: the null of each number (docs/geometry.md)"
     return [
         _table("at the end", ends, LATE, ""),
-        _table(f"at equal norm, {compared['norm']:.3g}: nearest checkpoints", compared["at_norm"], LATE, ""),
+        _table(f"at equal norm, {compared['norm']:.3g}: nearest checkpoints", compared["at_norm"], LATE, far(compared)),
         _table("first checkpoint", compared["first"], SIMILAR, wide),
     ]
+
+
+def far(compared: Mapping[str, Any]) -> str:
+    """A sentence on the runs that have no checkpoint near the norm; empty where all have."""
+    told = [f"{label} has no checkpoint near it: {factor:.2g} times" for label, factor in compared["far"].items()]
+    return "; ".join(told)
 
 
 def _table(title: str, points: Mapping[str, Any], numbers: Sequence[Number], caption: str) -> Table:
@@ -217,8 +239,9 @@ def render(compared: Mapping[str, Any]) -> str:
         marks=marks,
         numbers=LATE,
         similar=SIMILAR,
+        far=far(compared),
         told=told,
-        charts=_charts(compared["points"], marks),
+        charts=_charts(compared["curves"], marks),
         score_charts=geometry_scores.charts(compared["training"], marks),
         projected=geometry_scores.projected(compared["training"]),
         script=script,
