@@ -257,7 +257,9 @@ def test_the_page_draws_what_was_recorded_where_that_is_more(walked: Path):
     assert "was recorded while it trained" not in plain
     more = [p | {"progress": x} for x in (0.1, 0.2, 0.3, 0.6, 1.0) for p in figures["aggregate"]["attention"][:1]]
     figures["recorded"] = {"aggregate": {"attention": more}, "growth": {}, "growth_noise": {}}
-    assert "Lines with 5 points are of what was recorded" in page.render(figures)
+    longer = page.render(figures)
+    assert "Lines with 5 points are of what was recorded" in longer
+    assert longer.count("<circle") > plain.count("<circle") + 10, "two points more on each line that was recorded"
     alone = figures | {"aggregate": {"attention": figures["aggregate"]["attention"][-1:]}}
     alone["similarity"] = {"attention": {"U": {}, "V": {}}}
     alone["recorded"]["growth"] = alone["recorded"]["growth_noise"] = {"attention": 0.5}
