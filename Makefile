@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 SERVERS := .venv-servers
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-servers check models clean help
+.PHONY: demo test test-slow test-gpu test-servers bench check models clean help
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
@@ -42,8 +43,18 @@ $(SERVERS)/done: constraints-servers.txt
 test-servers: $(VENV)/dev $(SERVERS)/done ## Tests against vLLM, llama.cpp and transformers (ten minutes, 3.5 GB)
 	$(BIN)/pytest -m servers
 
+# Liger asks for Triton, which a CPU has no use for.
+$(PEERS)/done: constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch trl peft
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c $< liger-kernel
+	@touch $@
+
+bench: $(VENV)/run $(PEERS)/done ## Speed and memory beside TRL, Liger and transformers (an hour, 1.5 GB)
+	$(BIN)/python -m benchmarks $(NAMES)
+
 models: $(VENV)/dev ## Fetch the real models of recipes/smollm2.toml
 	$(BIN)/python tools/fetch_models.py
 
 clean: ## Remove the environments and all caches, keep runs/
-	rm -rf $(VENV) $(SERVERS) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(SERVERS) $(PEERS) .pytest_cache .ruff_cache build dist
