@@ -58,13 +58,14 @@ def test_verdicts(made: Claim, expected: str):
 # --- made-up runs ---------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, ranks: list[float], end: float, start: float = 0.1) -> Run:
+def write(path: Path, ranks: list[float], end: float, start: float = 0.1, norm: float = 1.0) -> Run:
     """A finished run: stable ranks over five checkpoints, scores at a fifth and at the end."""
     path.mkdir(parents=True)
     (path / "geometry").mkdir()
     (path / "resolved.json").write_text(json.dumps({"steps": 200, "geometry": {"every": 40}}))
-    rows = [{"step": 40 * (i + 1), "matrix": "attn", "stable_rank": r} for i, r in enumerate(ranks)]
-    rows += [{"step": 1, "matrix": "attn", "stable_rank": 99.0}, {"step": 40, "matrix": "mlp", "stable_rank": 99.0}]
+    rows = [{"step": 40 * (i + 1), "matrix": "attn", "stable_rank": r, "frobenius": norm} for i, r in enumerate(ranks)]
+    other = {"stable_rank": 99.0, "frobenius": 99.0}
+    rows += [{"step": 1, "matrix": "attn"} | other, {"step": 40, "matrix": "mlp"} | other]
     (path / "geometry" / "trajectory.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scores = [(0, 0.1), (40, start), (200, end)]
     evals = [{"step": s, "name": "sampled", "samples": 4, "avg@4": {"value": v}} for s, v in scores]
@@ -83,9 +84,16 @@ def figures(density: float, angle: float, sim: float, noise: float) -> dict[str,
     columns |= {name: {"mean": 4.0} for name in ("srank", "srank_noise", "rel_fro", "later_V", "later_V_null")}
     for side in "UV":
         columns |= {f"sim{K}_{side}": {"mean": sim}, f"sim{K}_{side}_null": {"mean": noise}}
-    point = {"columns": columns, "sparsity": 1 - density}
+
+    def point(hill: float) -> dict[str, Any]:
+        return {
+            "columns": columns | {"hill_k16": {"mean": hill}, "hill_k16_null": {"mean": 7.0}},
+            "sparsity": 1 - density,
+        }
+
+    points = [point(2.0), point(2.0 * (1 + 0.1 * math.log(angle)))]
     return {
-        "aggregate": {"all": [point, point], "attention": [point, point]},
+        "aggregate": {"all": points, "attention": points},
         "checkpoints": [{"step": 40}, {"step": 200}],
         "rows": [{"step": 200, "density_null": density, "numel": 10}, {"step": 40, "density_null": 0.0, "numel": 10}],
     }
@@ -106,6 +114,7 @@ def evidence(tmp_path: Path) -> Evidence:
                 tmp_path / v / f"seed-{s}",
                 [(1 + 0.01 * s) * r for r in curves.get(v, FLAT)],
                 ends.get(v, 0.6 if v.startswith("sft") else 0.3) + 0.001 * s,
+                norm={"random-25": 0.5, "off-policy": 1.2}.get(v, 1.0) * (1 + 0.001 * s),
             )
             for s in SEEDS
         ]
@@ -124,11 +133,14 @@ def test_the_claims_are_judged_as_the_runs_were_made(evidence: Evidence):
     explained = [name for name, said in found.items() if said == "explained by the null"]
     assert explained == [
         "Weights unchanged in bf16: SFT < OPD < RLVR",
-        "In that, OPD is nearer to RLVR than to SFT",
+        "In unchanged weights, OPD is nearer to RLVR than to SFT",
         "Largest principal angles: SFT > OPD > RLVR",
+        "In largest principal angles, OPD is nearer to RLVR than to SFT",
         "Spectral shift: SFT > OPD > RLVR",
+        "In spectral shift, OPD is nearer to RLVR than to SFT",
         "Changes avoid principal weights: OPD and RLVR below 30 %",
         "Changes prefer small weights: SFT < OPD < RLVR",
+        "In changes on small weights, OPD is nearer to RLVR than to SFT",
         "Stable rank of dW: opd stays flat",
         f"OPD within its early {K} directions scores as without",
     ]
@@ -140,6 +152,8 @@ def test_curves_are_compared_checkpoint_by_checkpoint(evidence: Evidence):
     assert evidence.distance("grpo", "opd") == pytest.approx([by_hand] * 3)
     assert by_hand > math.log(EQUAL)
     assert evidence.ranks("opd")[2] == pytest.approx([4.08] * 5), "attention matrices, without the first step"
+    assert evidence.between_seeds("opd") == pytest.approx([math.log(1.01), math.log(1.02 / 1.01), math.log(1.02)])
+    assert evidence.norm("random-25") == pytest.approx([0.5, 0.5005, 0.501])
     assert evidence.score("opd", 0.2) == [0.1] * 3
     assert evidence.sparsity("grpo")[0] == pytest.approx(evidence.sparsity("grpo")[1])
     assert evidence.logged("mix-50", "term/cosine") == [0.2] * 3
@@ -160,7 +174,9 @@ def test_what_is_written(evidence: Evidence, tmp_path: Path):
     assert "OmniOPD" not in text
     assert "omniopd" in text
     kept = next(row for row in done.tables[1].rows if row[0] == "sft-self")
-    assert kept[4].startswith("0.572 [")  # (0.5 - 0.1) / (0.8 - 0.1)
+    assert kept[5].startswith("0.572 [")  # (0.5 - 0.1) / (0.8 - 0.1)
+    random = next(row for row in done.tables[1].rows if row[0] == "sft-random")
+    assert random[4].startswith("-29.0 ["), "its own directions against random ones: 0.5 - 0.79"
     html = page.render(done.rows, done.tables)
-    assert html.count("explained by the null") == 9
+    assert html.count("explained by the null") == 12
     assert "http" not in html.replace("http-equiv", "")

@@ -39,12 +39,21 @@ class Evidence:
 
     def ranks(self, variant: str) -> list[Values]:
         """Stable rank of dW over the checkpoints, mean over attention matrices, for each seed."""
-        return [_ranks(run) for run in self.runs[variant]]
+        return [_course(run, "stable_rank") for run in self.runs[variant]]
+
+    def norm(self, variant: str) -> Values:
+        """Norm of dW at the end, mean over attention matrices."""
+        return [_course(run, "frobenius")[-1] for run in self.runs[variant]]
 
     def distance(self, variant: str, to: str) -> Values:
         """Mean over the checkpoints of |log ratio| of two stable-rank curves, seed by seed."""
         pairs = zip(self.ranks(variant), self.ranks(to), strict=False)
         return [fmean(abs(x) for x in logs(a, b)) for a, b in pairs]
+
+    def between_seeds(self, variant: str) -> Values:
+        """The same distance between each run and that of the next seed."""
+        ranks = self.ranks(variant)
+        return [fmean(abs(x) for x in logs(a, b)) for a, b in zip(ranks, [*ranks[1:], ranks[0]], strict=True)]
 
     def score(self, variant: str, share: float = 1.0) -> Values:
         """Sampled accuracy after this share of the run."""
@@ -76,11 +85,12 @@ def _weighted(figures: Mapping[str, Any], column: str) -> float:
     return sum(row[column] * row["numel"] for row in rows) / sum(row["numel"] for row in rows)
 
 
-def _ranks(run: Run) -> Values:
+def _course(run: Run, key: str) -> Values:
+    """A recorded number over the checkpoints."""
     every = run.resolved["geometry"]["every"]
     rows = [r for r in run.trajectory if r["step"] % every == 0 and "attn" in r["matrix"]]
     steps = sorted({row["step"] for row in rows})
-    return [fmean(r["stable_rank"] for r in rows if r["step"] == step) for step in steps]
+    return [fmean(r[key] for r in rows if r["step"] == step) for step in steps]
 
 
 def _score(run: Run, share: float) -> float:

@@ -29,7 +29,6 @@ def off_principal(e: Evidence) -> list[Claim]:
     own, null = {}, {}
     for method in PAPER:
         own[method], null[method] = e.sparsity(method)
-    nearer = [_nearer(side) for side in (own, null)]
     return [
         Claim(
             name="Weights unchanged in bf16: SFT < OPD < RLVR",
@@ -40,40 +39,46 @@ def off_principal(e: Evidence) -> list[Claim]:
             ours=_three(own, percent),
             null=f"{_three(null, percent)}: updates rotated",
         ),
-        Claim(
-            name="In that, OPD is nearer to RLVR than to SFT",
-            paper="25.6 points to RLVR, 43.5 to SFT",
-            kind="above",
-            effects=[nearer[0]],
-            nulls=[nearer[1]],
-            ours=f"nearer by {points(nearer[0])}",
-            null=f"by {points(nearer[1])}: updates rotated",
-        ),
-        _ordered(
-            e, "Largest principal angles: SFT > OPD > RLVR", "> 10 / about 1 / < 0.5 degrees", ("angU_max", "angV_max")
-        ),
-        _ordered(e, "Spectral shift: SFT > OPD > RLVR", "about 3e-3 / 1.5e-4 / 1.5e-5", ("nss",)),
+        _nearer("unchanged weights", "25.6 points to RLVR, 43.5 to SFT", own, null, "updates rotated"),
+        *_ordered(e, "Largest principal angles", "> 10 / about 1 / < 0.5 degrees, one layer", ("angU_max", "angV_max")),
+        *_ordered(e, "Spectral shift", "about 3e-3 / 1.5e-4 / 1.5e-5", ("nss",)),
         *_masks(e),
     ]
 
 
-def _nearer(shares: dict[str, Values]) -> Values:
-    return [
-        abs(opd - sft) - abs(grpo - opd)
-        for sft, opd, grpo in zip(shares["sft"], shares["opd"], shares["grpo"], strict=True)
-    ]
+def _nearer(
+    what: str, paper: str, own: dict[str, Values], null: dict[str, Values], of: str, *, scale: str = "points"
+) -> Claim:
+    """OPD's distance to SFT less that to RLVR: of shares in points, of sizes on a log scale."""
+
+    def between(x: dict[str, Values], a: str, b: str) -> Values:
+        return [abs(d) for d in (minus(x[a], x[b]) if scale == "points" else logs(x[a], x[b]))]
+
+    def left(x: dict[str, Values]) -> Values:
+        return minus(between(x, "sft", "opd"), between(x, "opd", "grpo"))
+
+    show = points if scale == "points" else factor
+    return Claim(
+        name=f"In {what}, OPD is nearer to RLVR than to SFT",
+        paper=paper,
+        kind="above",
+        effects=[left(own)],
+        nulls=[left(null)],
+        ours=f"nearer by {show(left(own))}",
+        null=f"by {show(left(null))}: {of}",
+    )
 
 
-def _ordered(e: Evidence, name: str, paper: str, columns: Sequence[str]) -> Claim:
-    """Each method above the next on a log scale, the update beside itself rotated."""
+def _ordered(e: Evidence, what: str, paper: str, columns: Sequence[str]) -> list[Claim]:
+    """Each method above the next on a log scale, and the middle one nearer to the last; each beside itself rotated."""
 
     def of(suffix: str) -> dict[str, Values]:
         sides = {m: [e.column(m, f"{c}{suffix}") for c in columns] for m in PAPER}
         return {m: [sum(pair) / len(pair) for pair in zip(*found, strict=True)] for m, found in sides.items()}
 
     own, null = of(""), of("_null")
-    return Claim(
-        name=name,
+    ordered = Claim(
+        name=f"{what}: SFT > OPD > RLVR",
         paper=paper,
         kind="above",
         effects=[logs(own[a], own[b]) for a, b in ORDER],
@@ -81,6 +86,7 @@ def _ordered(e: Evidence, name: str, paper: str, columns: Sequence[str]) -> Clai
         ours=_three(own, number),
         null=f"{_three(null, number)}: updates rotated",
     )
+    return [ordered, _nearer(what.lower(), "as above", own, null, "updates rotated", scale="log")]
 
 
 def _masks(e: Evidence) -> list[Claim]:
@@ -105,6 +111,7 @@ def _masks(e: Evidence) -> list[Claim]:
             ours=_three(low, percent),
             null=f"{_three(low0, percent)}: random updates, same density",
         ),
+        _nearer("changes on small weights", "19.9 points to RLVR, 21.7 to SFT", low, low0, "random, same density"),
     ]
 
 
@@ -131,6 +138,7 @@ def locking(e: Evidence) -> list[Claim]:
                 null=f"{factor(noise)}: noise through the inputs",
             )
         )
+    found += [_tail(e, "sft", "rises", 1), _tail(e, "grpo", "falls", -1)]
     sim = {m: e.column(m, f"sim{K}_V", group="attention", at=0) for m in PAPER}
     noise_sim = {m: e.column(m, f"sim{K}_V_null", group="attention", at=0) for m in PAPER}
     close = Claim(
@@ -155,6 +163,22 @@ def locking(e: Evidence) -> list[Claim]:
     return [*found, close, highest]
 
 
+def _tail(e: Evidence, method: str, does: str, sign: int) -> Claim:
+    """Hill's estimate from the first checkpoint to the last; the paper does not say its k."""
+    at = (-1, 0)
+    own = logs(*(e.column(method, "hill_k16", group="attention", at=i) for i in at))
+    null = logs(*(e.column(method, "hill_k16_null", group="attention", at=i) for i in at))
+    return Claim(
+        name=f"Hill estimate of dW, k = 16: {method} {does}",
+        paper=does,
+        kind="above",
+        effects=[[sign * x for x in own]],
+        nulls=[[sign * x for x in null]],
+        ours=factor(own),
+        null=f"{factor(null)}: entries permuted",
+    )
+
+
 # --- section 4.2: training inside the early subspace -----------------------------------------------------------------
 
 
@@ -172,7 +196,7 @@ def projected(e: Evidence) -> list[Claim]:
     return [
         Claim(
             name=f"OPD within its early {K} directions scores as without",
-            paper="64.2 against 63.3 (+0.9)",
+            paper="essentially unchanged",
             kind="same",
             bar=SAME_SCORE,
             effects=[lost("opd", "self")],
@@ -182,7 +206,7 @@ def projected(e: Evidence) -> list[Claim]:
         ),
         Claim(
             name="SFT within its own scores worse than without",
-            paper="45.6 against 55.5 (-9.9)",
+            paper="degrades",
             kind="above",
             effects=[lost("sft", "self")],
             nulls=[lost("sft", "random")],
@@ -221,12 +245,47 @@ def controls(e: Evidence) -> list[Claim]:
             same(f"Stable rank the same with {told} of the tokens", v, "tracks the baseline")
             for v, told in SPARSE.items()
         ],
+        _norm_rather_than_shape(e),
         same("Stable rank the same on the teacher's answers", "off-policy", "unchanged"),
+        _larger(e),
         same("Stable rank the same with alpha = 0.75", "mix-75", "follows OPD"),
         same("Stable rank the same with alpha = 0.5", "mix-50", "follows OPD"),
         departs("Stable rank differs with alpha = 0.05", "mix-05"),
         departs("Stable rank differs with alpha = 0.01", "mix-01"),
     ]
+
+
+def _norm_rather_than_shape(e: Evidence) -> Claim:
+    """How much further apart than the ranks are the norms, on a log scale; beside OPD's own runs of two seeds."""
+
+    def apart_in(norms: Values, others: Values) -> Values:
+        return [abs(math.log(a / b)) for a, b in zip(norms, others, strict=False)]
+
+    opd = e.norm("opd")
+    norms, ranks = apart_in(e.norm("random-25"), opd), e.distance("random-25", "opd")
+    norms0, ranks0 = apart_in(opd, [*opd[1:], opd[0]]), e.between_seeds("opd")
+    return Claim(
+        name="Random 25 % of the tokens change the norm more than the stable rank",
+        paper="more",
+        kind="above",
+        effects=[minus(norms, ranks)],
+        nulls=[minus(norms0, ranks0)],
+        ours=f"norm {apart(norms)}, rank {apart(ranks)}",
+        null=f"norm {apart(norms0)}, rank {apart(ranks0)}: OPD with another seed",
+    )
+
+
+def _larger(e: Evidence) -> Claim:
+    own = e.norm("off-policy")
+    change = logs(own, e.norm("opd")[: len(own)])
+    return Claim(
+        name="The teacher's answers give a larger norm",
+        paper="modestly larger",
+        kind="above",
+        effects=[change],
+        ours=factor(change),
+        null="none",
+    )
 
 
 # --- numbers in words ------------------------------------------------------------------------------------------------

@@ -63,20 +63,24 @@ def projections(e: Evidence) -> Table:
     """Scores within a subspace, and what of the way from its start they kept."""
     rows: list[list[str]] = []
     for method in ("opd", "sft"):
-        rows.append([method, percent(e.score(method, 0.2)), percent(e.score(method)), "", "", ""])
+        rows.append([method, percent(e.score(method, 0.2)), percent(e.score(method)), *[""] * 4])
         for basis in ("self", "random", "inputs", "other", "stop"):
             variant = f"{method}-{basis}"
             end, plain, start = e.score(variant), e.score(method), e.score(method, 0.2)
             kept = [(x - z) / (y - z) for x, y, z in zip(end, plain, start, strict=False)]
             inside = percent(e.last(variant, "projection/inside")) if basis != "stop" else ""
-            rows.append([variant, "", percent(end), points(minus(end, plain)), number(kept), inside])
+            better = points(minus(e.score(f"{method}-self"), end)) if basis != "self" else ""
+            rows.append([variant, "", percent(end), points(minus(end, plain)), better, number(kept), inside])
     note = (
         f"Right answers; {K} directions of each matrix's inputs from a fifth of the run on. `other`: SFT's for OPD and the "
         "reverse, of seed 0; `stop`: the matrices stay, all else trains on. Kept: the share of the gain since then. "
         "Inside: the share of the update since then that lies in the subspace; Adam leads out of it."
     )
     return Table(
-        "Training within a subspace", ["", "at 20 %", "at the end", "against without", "kept", "inside"], rows, note
+        "Training within a subspace",
+        ["", "at 20 %", "at the end", "against without", "self is better by", "kept", "inside"],
+        rows,
+        note,
     )
 
 
@@ -99,7 +103,6 @@ def mixing(e: Evidence) -> Table:
     columns = ["alpha", "RMS teacher", "RMS verifier", "cosine", "from opd", "from grpo", "right answers"]
     note = (
         "RMS of alpha d and of (1 - alpha) A over tokens, cosine of their gradients, distance of the stable-rank curves to "
-        f"those of the ends (opd and grpo are {apart(e.distance('grpo', 'opd'))}). Where the terms are of one size, alpha "
-        "begins to matter."
+        f"those of the ends (opd and grpo are {apart(e.distance('grpo', 'opd'))})."
     )
     return Table("Objectives mixed", columns, rows, note)
