@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_printed(rows))
     for caution in table.CAUTIONS:
         console.print(f"- {caution}", markup=False)
-    console.print(f"{out}/table.md, results.json, ratios.svg", markup=False)
+    written = ("table.md", "results.json", "ratios.svg", "memory.svg")
+    console.print(f"in {out}: {', '.join(name for name in written if (out / name).is_file())}", markup=False)
     return 1 if problems else 0
 
 
@@ -79,6 +80,7 @@ def _write(out: Path, rows: list[table.Row], raw: dict[str, running.Found], prob
     (out / "results.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table.markdown(rows, machine(), repeats), encoding="utf-8")
     plot.ratios(rows, out / "ratios.svg")
+    plot.memory([row.case for row in rows if row.goal == row.case.goals[0]], raw, out / "memory.svg")
 
 
 def _printed(rows: list[table.Row]) -> Table:
