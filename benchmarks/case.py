@@ -56,7 +56,16 @@ class Case:
         return ["ours", *dict.fromkeys(g.peer for g in self.goals if g.peer)]
 
 
-ENVIRONMENT = {"ours": "own", "generate": "own", "per_place": "own", "trl": "peers", "liger": "peers"}
+LIMITS = ("products",)
+"""Sides that do only a part of the work, to show what it costs at least: nothing of theirs is compared."""
+ENVIRONMENT = {
+    "ours": "own",
+    "products": "own",
+    "generate": "own",
+    "per_place": "own",
+    "trl": "peers",
+    "liger": "peers",
+}
 """Which Python runs a side. `generate` is transformers alone, in the version that both environments have."""
 NAMES = {
     "ours": "potstill",
@@ -64,4 +73,5 @@ NAMES = {
     "per_place": "generate, a batch per place",
     "trl": "TRL",
     "liger": "Liger",
+    "products": "the matrix products alone",
 }

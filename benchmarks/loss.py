@@ -29,6 +29,7 @@ def cases(smoke: bool) -> list[Case]:
             goals.append(Goal(measure="extra_mb", peer="trl", at_least=3.0 if large else None))
             if dense:
                 goals.append(Goal(measure="extra_mb", peer="liger"))
+            goals.append(Goal(measure="cpu_s", peer="products"))
             out.append(
                 Case(
                     name=f"loss-{vocab}-{shape}",
@@ -103,14 +104,16 @@ def ours(x: SimpleNamespace) -> Any:
         told = [(h[:n] @ x.teacher_head.T).log_softmax(-1) for h, n in zip(x.teacher, x.lengths, strict=True)]
     labels = [row[:n].tolist() for row, n in zip(x.labels, x.lengths, strict=True)]
     batch = collate([target(ids, logp) for ids, logp in zip(labels, told, strict=True)])
-    return OPD(beta=x.beta).loss(LocalPolicy(Head(), len(x.student_head), batch), batch)[0]
+    loss = OPD(beta=x.beta).loss(LocalPolicy(Head(), len(x.student_head), batch), batch)[0]
+    loss.backward()
+    return loss
 
 
 def trl(x: SimpleNamespace) -> Any:
     """TRL's, as DistillationTrainer calls it."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    return _chunked_divergence_loss(
+    loss = _chunked_divergence_loss(
         x.student,
         x.teacher,
         x.student_head,
@@ -119,6 +122,8 @@ def trl(x: SimpleNamespace) -> Any:
         x.beta,
         num_items_in_batch=sum(x.lengths),
     )[0]
+    loss.backward()
+    return loss
 
 
 def liger(x: SimpleNamespace) -> Any:
@@ -126,24 +131,39 @@ def liger(x: SimpleNamespace) -> Any:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     found = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=x.beta, compiled=False)
-    return found(x.student.flatten(0, 1), x.student_head, x.teacher.flatten(0, 1), x.teacher_head, x.labels.flatten())
+    loss = found(x.student.flatten(0, 1), x.student_head, x.teacher.flatten(0, 1), x.teacher_head, x.labels.flatten())
+    loss.backward()
+    return loss
 
 
-def measured(loss: Callable[[SimpleNamespace], Any]) -> Callable[[Params], dict[str, Any]]:
+def products(x: SimpleNamespace) -> Any:
+    """No loss: the four products of matrices that none can do without, on valid rows. Nothing beats their time by much."""
+    import torch
+
+    valid = x.mask.bool()
+    with torch.no_grad():
+        student, teacher = x.student[valid], x.teacher[valid]
+        logits = student @ x.student_head.T
+        logits.add_(teacher @ x.teacher_head.T)  # stands for the gradient
+        x.student.grad = torch.zeros_like(x.student)
+        x.student.grad[valid] = logits @ x.student_head
+        x.student_head.grad = logits.T @ student
+    return torch.zeros(())
+
+
+def measured(loss_and_gradient: Callable[[SimpleNamespace], Any]) -> Callable[[Params], dict[str, Any]]:
     """Forward and backward, once to warm up and once by the clock; memory is what the process grew by."""
 
     def run(params: Params) -> dict[str, Any]:
         one_thread()
-        loss(
-            inputs({**params, "vocab": 64, "lengths": [4] * len(params["lengths"])})
-        ).backward()  # imports, first calls
+        small = {**params, "vocab": 64, "lengths": [4] * len(params["lengths"])}
+        loss_and_gradient(inputs(small))  # imports, first calls
         x = inputs(params)
         before = peak_mb()
         for _ in range(2):
             x.student.grad = x.student_head.grad = None
             with Clock() as clock:
-                value = loss(x)
-                value.backward()
+                value = loss_and_gradient(x)
         return result(
             clock,
             extra_mb=peak_mb() - before,
@@ -155,4 +175,4 @@ def measured(loss: Callable[[SimpleNamespace], Any]) -> Callable[[Params], dict[
     return run
 
 
-SIDES = {"ours": measured(ours), "trl": measured(trl), "liger": measured(liger)}
+SIDES = {"ours": measured(ours), "trl": measured(trl), "liger": measured(liger), "products": measured(products)}
