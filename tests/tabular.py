@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from potstill.batch import collate
+from potstill.divergence import jsd
 from potstill.methods.base import Method
 from potstill.types import Ask, Batch, Feedback, Prompt, Reviewed, Rollout, Wants
 
@@ -51,6 +52,9 @@ class Tabular:
 
     def logp_all(self) -> torch.Tensor:
         return self.all
+
+    def divergence(self, teacher_logp: torch.Tensor, beta: float, temperature: float = 1.0) -> torch.Tensor:
+        return jsd(self.all / temperature, teacher_logp, beta)
 
     @property
     def reference(self) -> "Tabular":

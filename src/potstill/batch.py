@@ -41,6 +41,9 @@ def collate(targets: Sequence[Target], n_tokens: float | None = None, n_rollouts
         return pad_sequence(full, batch_first=True)
 
     lengths = [len(t.rollout.response_ids) for t in targets]
+    trained = [_trained(t) for t in targets]
+    heads = {t.teacher_head for t in given if t.teacher_head is not None}
+    assert len(heads) < 2, "hidden states of several teachers in one batch"
     labels = [torch.tensor(t.rollout.response_ids, dtype=torch.long) for t in targets]
     old = [torch.tensor(t.rollout.old_logp or [0.0] * n) for t, n in zip(targets, lengths, strict=True)]
     return Batch(
@@ -54,6 +57,12 @@ def collate(targets: Sequence[Target], n_tokens: float | None = None, n_rollouts
         imitate=field("imitate"),
         teacher_ids=field("teacher_ids"),
         teacher_logp=field("teacher_logp"),
+        teacher_hidden=field("teacher_hidden"),
+        teacher_head=next(iter(heads), None),
+        trained=pad_sequence(trained, batch_first=True),
+        of_answer=pad_sequence(
+            [t.sum().clamp(min=1).expand_as(t) for t in trained], batch_first=True, padding_value=1.0
+        ),
         n_tokens=n_tokens,
         n_rollouts=float(n_rollouts),
     )

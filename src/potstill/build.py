@@ -92,7 +92,11 @@ def _load_teacher(config: Config, student: Tokens, folder: Path) -> HFTeacher | 
         return remote.load(t, student, folder, config.name)
     loaded = models.load(t.path, dtype=t.dtype, device=device(t.device), eos=t.eos)
     how = Decoding(temperature=t.temperature, top_p=t.top_p, cells=t.batch_cells)
-    return HFTeacher(loaded, student, decoding=how, text_only=t.text_only, align=t.align, shuffled=t.shuffled)
+    # Hidden states are turned into log-probs in the loss, so that nobody else may ask for them before.
+    hides = config.select is None or config.select.by in ("entropy", "random")
+    return HFTeacher(
+        loaded, student, decoding=how, text_only=t.text_only, align=t.align, shuffled=t.shuffled, hides=hides
+    )
 
 
 def _reference(config: Config, method: Method, learner: LocalLearner) -> HFTeacher | None:

@@ -92,7 +92,8 @@ async def _train(config: Config, parts: Parts, run: Run, stop: Stop, watch: Watc
         if watch:
             watch.step(row)
         if step % config.save.rollouts_every == 0 or step == 1 or last:
-            run.keep_rollouts(step, [describe(t, step) for t in targets[: config.save.rollouts]])
+            kept = targets[: config.save.rollouts]
+            run.keep_rollouts(step, [describe(t, step, parts.method.told(t)) for t in kept])
         if step % config.eval.every == 0 or last:
             await _evaluate(config, parts, run, step, spent, watch)
         if step % config.save.every == 0 or last or stop.asked:

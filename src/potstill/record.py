@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from potstill.metrics import repetition
@@ -74,8 +75,8 @@ def manners(notes: Mapping[str, int]) -> Row:
     return {f"teacher/{what}": sum(n for note, n in notes.items() if note.startswith(what)) for what in VERDICTS}
 
 
-def describe(target: Target, step: int) -> Row:
-    """A rollout and all that is known about it, as a row of rollouts/step_N.jsonl."""
+def describe(target: Target, step: int, told: Mapping[str, Any] = MappingProxyType({})) -> Row:
+    """A rollout and all that is known about it, as a row of rollouts/step_N.jsonl; `told` comes beside `target.info`."""
     r = target.rollout
 
     def numbers(values: Any) -> list[float | None] | None:
@@ -99,6 +100,6 @@ def describe(target: Target, step: int) -> Row:
         "verdict": r.verdict,
         "finish": r.finish,
         "policy_version": r.policy_version,
-        "info": {name: numbers(values) for name, values in target.info.items()},
+        "info": {name: numbers(values) for name, values in {**target.info, **told}.items()},
         "audits": [{name: getattr(a, name) for name in a.__slots__} for a in target.audits],
     }

@@ -7,17 +7,22 @@ Shapes: P prompt tokens, T response tokens, L asked tokens, K teacher alternativ
 Log-probabilities and entropies are in nats, never raw logits.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 Author = Literal["student", "teacher", "data"]
 Finish = Literal["stop", "length"]
+
+
+HeadOf = Callable[[Tensor], Tensor]
+"""A model's output layer: hidden states [..., H] -> logits [..., V]."""
 
 
 class Wants(IntEnum):
@@ -174,6 +179,9 @@ class Feedback:
     topk_logp: Float32[np.ndarray, "L K"] | None = None
     """Largest first."""
     logp: Float32[np.ndarray, "L V"] | None = None
+    hidden: Float32[np.ndarray, "L H"] | None = None
+    """In the place of `logp`, with the `head` that makes logits of them; `sampled` is then left out."""
+    head: HeadOf | None = None
     aligned: Bool[np.ndarray, " L"] | None = None
     """False where the teacher's view of the position is not known (another tokenizer); the values there mean nothing."""
     texts: tuple[str, ...] = ()
@@ -245,6 +253,9 @@ class Target:
     teacher_ids: Int[Tensor, "T K"] | None = None
     teacher_logp: Float[Tensor, "T K"] | None = None
     """Of `teacher_ids`, or of the whole vocabulary (K = V) where those are None."""
+    teacher_hidden: Float[Tensor, "T H"] | None = None
+    """In the place of `teacher_logp`, with the `teacher_head` that makes logits of them."""
+    teacher_head: HeadOf | None = None
     info: Mapping[str, Float[Tensor, " T"]] = field(default_factory=dict)
     """Numbers to average over tokens for the metrics; nan where one does not apply."""
     audits: tuple[Audit, ...] = ()
@@ -274,7 +285,31 @@ class Batch:
     imitate: Float[Tensor, "B T"] | None = None
     teacher_ids: Int[Tensor, "B T K"] | None = None
     teacher_logp: Float[Tensor, "B T K"] | None = None
+    teacher_hidden: Float[Tensor, "B T H"] | None = None
+    teacher_head: HeadOf | None = None
+    trained: Float[Tensor, "B T"]
+    """1 on tokens that carry a loss, of any term."""
+    of_answer: Float[Tensor, "B T"]
+    """How many such tokens the token's own answer has, at least 1."""
     n_tokens: float
     """Trained tokens over *all* ranks and micro-batches: the one divisor, shared by every term."""
     n_rollouts: float
     """Rollouts over all ranks and micro-batches: the divisor of a mean over answers."""
+
+    def teacher_all(self) -> Float[Tensor, "B T V"]:
+        """log pi_T(. | h_t) over the whole vocabulary."""
+        if self.teacher_hidden is None or self.teacher_head is None:
+            assert self.teacher_logp is not None and self.teacher_ids is None
+            return self.teacher_logp
+        with (
+            torch.no_grad(),
+            torch.autocast(self.labels.device.type, enabled=False),
+        ):  # the student's precision, not its own
+            return self.teacher_head(self.teacher_hidden).log_softmax(-1).to(self.labels.device)
+
+    def only(self, rows: Int[Tensor, " N"]) -> "Batch":
+        """These tokens alone, counted over all of [B, T], as one answer of N tokens: [1, N]."""
+        parts: dict[str, Any] = {
+            f.name: v.flatten(0, 1)[rows][None] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))
+        }
+        return replace(self, prompt_ids=(), **parts)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from potstill.align import FLOOR, KNOWN, Aligner
 from potstill.batch import collate, count_tokens, info_means
+from potstill.divergence import jsd
 from potstill.methods.opd import OPD
 from potstill.methods.sampled_kl import SampledKL
 from potstill.models import Tokens
@@ -309,6 +310,9 @@ class Logits:
 
     def logp_all(self) -> torch.Tensor:
         return self.all
+
+    def divergence(self, teacher_logp: torch.Tensor, beta: float, temperature: float = 1.0) -> torch.Tensor:
+        return jsd(self.all / temperature, teacher_logp, beta)
 
     @property
     def reference(self) -> "Logits":

@@ -14,11 +14,11 @@ ROOT = Path(potstill.__file__).parent
 HEAVY = {"torch", "transformers", "peft", "datasets", "reasoning_gym", "math_verify", "matplotlib", "rouge_score"}
 
 LAYERS = [
-    {"errors", "seeds", "logged"},
+    {"errors", "seeds", "logged", "lean"},
     {"types"},
-    {"divergence", "credit", "chunks", "phased", "similarity", "chat", "metrics", "run", "ledger"},
+    {"divergence", "credit", "chunks", "phased", "similarity", "kv", "chat", "metrics", "run", "ledger"},
     {"batch", "select", "verifiers", "tasks", "lab"},
-    {"methods", "decode", "models", "align", "teachers", "samplers", "registry", "catalogue", "config"},
+    {"methods", "split", "decode", "models", "align", "teachers", "samplers", "registry", "catalogue", "config"},
     {"learners", "geometry", "evaluate", "record", "spent", "stop", "report", "progress"},
     {"checks", "build"},
     {"loop"},

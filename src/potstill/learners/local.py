@@ -3,89 +3,29 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from potstill.batch import collate, count_tokens, moved
 from potstill.config import Learner as LearnerConfig
 from potstill.config import LoRA, Projection
 from potstill.errors import CheckpointError, ConfigError, TrainingError
+from potstill.learners.policy import Context, LocalPolicy
+from potstill.learners.slices import Slices
 from potstill.learners.subspace import Subspace, second_moments
-from potstill.methods.base import Method
+from potstill.methods.base import Method, Metrics
 from potstill.models import Loaded
 from potstill.seeds import derive
+from potstill.split import Split
 from potstill.types import Batch, Target
 
 FIRST = ("mismatch",)
 """Of the first update alone, while learner and sampler have the same weights."""
-Context = Callable[[], contextlib.AbstractContextManager[Any]]
-
-
-class LocalPolicy:
-    """One model's view of a batch. The forward pass runs once, when it is first asked for, inside `around`."""
-
-    def __init__(
-        self,
-        model: Any,
-        vocab: int,
-        batch: Batch,
-        *,
-        around: Context = contextlib.nullcontext,
-        frozen: "LocalPolicy | None" = None,
-    ):
-        self._model, self._vocab, self._batch, self._around, self._frozen = model, vocab, batch, around, frozen
-
-    @cached_property
-    def logits(self) -> Float[Tensor, "B T V"]:
-        """Row t is the distribution that produces labels[:, t]; prompts are padded on the left, responses on the right."""
-        assert self._model is not None, "the method did not declare that it needs the reference"
-        device = self._model.device
-        width = max(len(p) for p in self._batch.prompt_ids)
-        pads = [width - len(p) for p in self._batch.prompt_ids]
-        prompts = torch.tensor(
-            [[0] * n + list(p) for n, p in zip(pads, self._batch.prompt_ids, strict=True)], device=device
-        )
-        ids = torch.cat([prompts, self._batch.labels], 1)
-        column = torch.arange(ids.shape[1], device=device)
-        start = torch.tensor(pads, device=device)[:, None]
-        read = torch.cat([column[:width] >= start, self._batch.mask.bool()], 1)
-        with self._around():
-            out = self._model(
-                input_ids=ids[:, :-1],
-                attention_mask=read[:, :-1],
-                position_ids=(read[:, :-1].long().cumsum(1) - 1).clamp(min=0),
-                logits_to_keep=self._batch.labels.shape[1],
-                use_cache=False,
-            )
-        return out.logits[..., : self._vocab].float()
-
-    @cached_property
-    def _all(self) -> Float[Tensor, "B T V"]:
-        return self.logits.log_softmax(-1)
-
-    def logp(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """log pi(ids_t | h_t)."""
-        return self._all.gather(-1, ids[..., None])[..., 0]
-
-    def logp_at(self, ids: Int[Tensor, "B T K"]) -> Float[Tensor, "B T K"]:
-        """log pi(ids_tk | h_t)."""
-        return self._all.gather(-1, ids)
-
-    def logp_all(self) -> Float[Tensor, "B T V"]:
-        """log pi(. | h_t)."""
-        return self._all
-
-    @property
-    def reference(self) -> "LocalPolicy":
-        """The initial weights' view of the same batch, without gradient; that view is its own reference."""
-        return self._frozen or self
 
 
 class LocalLearner:
@@ -114,6 +54,8 @@ class LocalLearner:
             self._base = contextlib.nullcontext
             self.model.requires_grad_(True)
         self.subspace = Subspace(projection, self.model, seed) if projection else None
+        self.split = Split.of(self.model, self.tokens.vocab)
+        self._frozen_split = Split.of(self._initial, self.tokens.vocab) if self._initial is not None else None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -194,19 +136,7 @@ class LocalLearner:
         The divisors are counted over all targets before the first backward pass, so the gradient is the same however the
         batch is split into micro-batches.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        n_tokens, metrics = count_tokens(targets), {"loss": 0.0}
-        self._adapter_dropout(True)
-        for micro in self._micro(targets):
-            batch = moved(collate(micro, n_tokens, len(targets)), self.model.device)
-            with self._autocast():
-                loss, seen = method.loss(self.policy(batch), batch)
-            loss.backward()
-            metrics["loss"] += loss.item()
-            for name, value in seen.items():
-                join = max if name.endswith("_max") else float.__add__
-                metrics[name] = join(metrics.get(name, 0.0), value.item())
-        self._adapter_dropout(False)
+        metrics = self._backward(targets, method)
         if self.subspace:
             self.subspace.project_gradients()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -225,20 +155,42 @@ class LocalLearner:
                 )
         return metrics
 
+    def _backward(self, targets: Sequence[Target], method: Method) -> dict[str, float]:
+        """Set the gradient of the loss on all targets; its value and metrics."""
+        self.optimizer.zero_grad(set_to_none=True)
+        n_tokens, metrics = count_tokens(targets), {"loss": 0.0}
+        self._adapter_dropout(True)
+        for micro in self._micro(targets):
+            batch = moved(collate(micro, n_tokens, len(targets)), self.model.device)
+            for seen in self._parts(batch, method):
+                for name, value in seen.items():
+                    join = max if name.endswith("_max") else float.__add__
+                    metrics[name] = join(metrics.get(name, 0.0), value.item())
+        self._adapter_dropout(False)
+        return metrics
+
+    def _parts(self, batch: Batch, method: Method) -> Iterator[Metrics]:
+        """Losses and metrics of the parts of a batch, whose gradients are added up."""
+        if method.per_token and self.split:
+            with self._autocast():
+                slices = Slices(self.split, batch, packed=self.config.packed)
+                if self._initial is not None and self._frozen_split:
+                    slices.refer(self._frozen_split, self._as_reference)
+            yield from slices.backward(method, self._autocast)
+            return
+        with self._autocast():
+            loss, seen = method.loss(self.policy(batch), batch)
+        loss.backward()
+        yield {"loss": loss.detach(), **seen}
+
     def _cosine(self, a: Sequence[Target], b: Sequence[Target], method: Method) -> dict[str, float]:
         """Cosine of the gradients of the loss on two versions of the targets; nothing if one of them is zero."""
         moving = [p for p in self.model.parameters() if p.requires_grad]
         found: list[Tensor] = []
         for targets in (a, b):
-            n_tokens = count_tokens(targets)
-            total = torch.zeros(sum(p.numel() for p in moving), dtype=torch.float64)
-            for micro in self._micro(targets):
-                batch = moved(collate(micro, n_tokens, len(targets)), self.model.device)
-                with self._autocast():
-                    loss, _ = method.loss(self.policy(batch), batch)
-                grads = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
-                total += torch.cat([g.flatten() for g in grads]).double().cpu()
-            found.append(total)
+            self._backward(targets, method)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in moving]
+            found.append(torch.cat([g.flatten() for g in grads]).double().cpu())
         lengths = found[0].norm() * found[1].norm()
         return {"term/cosine": (found[0] @ found[1] / lengths).item()} if lengths else {}
 

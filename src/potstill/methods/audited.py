@@ -20,7 +20,6 @@ from jaxtyping import Float
 from pydantic import Field
 
 from potstill.chunks import Overlap, Scheduler, chunk_prior, chunk_target, plan_chunks
-from potstill.divergence import forward_kl
 from potstill.errors import ConfigError, TeacherError, TrainingError
 from potstill.methods.base import Method, Need, Policy
 from potstill.seeds import derive
@@ -106,7 +105,7 @@ class Audited(Method):
     def drift(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, ""]:
         """A over the batch's divisor: how far the student is from where it began, where nobody was asked."""
         assert batch.anchor is not None
-        kl = forward_kl(policy.logp_all(), policy.reference.logp_all())
+        kl = policy.divergence(policy.reference.logp_all(), beta=0.0)
         return (batch.anchor * kl).sum() / batch.n_tokens
 
 

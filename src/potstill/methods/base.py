@@ -9,7 +9,7 @@ Everything a method does not say (sampling, padding, the divisor, resume, loggin
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,12 @@ class Policy(Protocol):
         """log pi(. | h_t) over the whole vocabulary."""
         ...
 
+    def divergence(
+        self, teacher_logp: Float[Tensor, "B T V"], beta: float, temperature: float = 1.0
+    ) -> Float[Tensor, "B T"]:
+        """`divergence.jsd` of the student's distribution at a temperature and the teacher's, nats per token."""
+        ...
+
     @property
     def reference(self) -> "Policy":
         """The same view of the student's frozen initial weights, without gradient."""
@@ -53,6 +59,9 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
     """A distillation method: its equation in the docstring of its file, its fields here, its three answers below."""
 
     name: str
+    per_token: ClassVar[bool] = True
+    """Whether `loss` is a sum over tokens, each with its own numbers alone. The learner then computes it on some tokens at
+    a time, of whatever answers, as a batch of one answer [1, N]. False: it is always given whole answers."""
 
     @property
     def wants(self) -> Wants:
@@ -124,6 +133,10 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
     def terms(self, targets: Sequence[Target], step: int) -> tuple[Sequence[Target], Sequence[Target]] | None:
         """The targets with one term of the credit each, where the directions of both are to be compared at this step."""
         return None
+
+    def told(self, target: Target) -> dict[str, Float[Tensor, " T"]]:
+        """Per-token numbers for people to read, beside `target.info`: computed only for rollouts that are kept."""
+        return {}
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[Float[Tensor, ""], Metrics]:

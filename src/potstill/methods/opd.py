@@ -60,28 +60,49 @@ class OPD(Method):
             logp = f.logp if f.topk_logp is None else f.topk_logp
             ids = None if f.topk_ids is None else torch.from_numpy(f.topk_ids)
             weight = weighed(f, r.rollout)
-            gap = torch.tensor(r.rollout.old_logp) - torch.from_numpy(f.sampled)
-            seen = {"teacher_kl": gap.masked_fill(weight == 0, torch.nan)}
+            info = {} if f.aligned is None else {"aligned": weight}
+            if f.sampled is not None:
+                info["teacher_kl"] = _gap(r, torch.from_numpy(f.sampled)).masked_fill(weight == 0, torch.nan)
             out.append(
                 Target(
                     source=r,
                     weight=weight,
                     teacher_ids=ids,
-                    teacher_logp=torch.from_numpy(logp),
-                    info=seen if f.aligned is None else seen | {"aligned": weight},
+                    teacher_logp=None if logp is None else torch.from_numpy(logp),
+                    teacher_hidden=None if f.hidden is None else torch.from_numpy(f.hidden),
+                    teacher_head=f.head,
+                    info=info,
                 )
             )
         return out
 
+    def told(self, target: Target) -> dict[str, torch.Tensor]:
+        """How far the teacher is from what was written, where only its hidden states came."""
+        if target.teacher_hidden is None or target.teacher_head is None:
+            return {}
+        ids = torch.tensor(target.rollout.response_ids)[:, None]
+        logp = target.teacher_head(target.teacher_hidden).log_softmax(-1).cpu()
+        return {"teacher_kl": _gap(target.source, logp.gather(-1, ids)[:, 0])}
+
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         """D_beta per token, over N."""
-        assert batch.teacher_logp is not None
-        if batch.teacher_ids is None:
-            student = policy.logp_all() / self.student_temperature
-            teacher = batch.teacher_logp / self.teacher_temperature
-        else:
+        if batch.teacher_ids is not None:
+            assert batch.teacher_logp is not None
             student, teacher = with_rest(policy.logp_at(batch.teacher_ids)), with_rest(batch.teacher_logp)
-        loss = (batch.weight * jsd(student, teacher, self.beta)).sum() / batch.n_tokens
-        seen = {} if self.top_k else overlap(policy.logp_all().detach(), batch.teacher_logp)
+            loss = (batch.weight * jsd(student, teacher, self.beta)).sum() / batch.n_tokens
+            return loss, {"divergence": loss.detach()}
+        teacher = batch.teacher_all()
+        flat = self.teacher_temperature != 1
+        told = (teacher / self.teacher_temperature).log_softmax(-1) if flat else teacher
+        divergence = policy.divergence(told, self.beta, self.student_temperature)
+        loss = (batch.weight * divergence).sum() / batch.n_tokens
+        seen = overlap(policy.logp_all().detach(), teacher)
+        if batch.teacher_hidden is not None:
+            seen["teacher_kl"] = batch.old_logp - teacher.gather(-1, batch.labels[..., None])[..., 0]
         means = {name: (batch.weight * value).sum() / batch.n_tokens for name, value in seen.items()}
         return loss, {"divergence": loss.detach(), **means}
+
+
+def _gap(r: Reviewed, teacher: torch.Tensor) -> torch.Tensor:
+    """log pi_old - log pi_T of what was written."""
+    return torch.tensor(r.rollout.old_logp) - teacher

@@ -223,8 +223,7 @@ class TokenCredit(Method):
         """The mean over the trained tokens of the whole batch, or over answers of the mean over theirs."""
         if self.mean == "token":
             return weighted.sum() / batch.n_tokens
-        trained = batch.weight != 0 if batch.imitate is None else (batch.weight != 0) | (batch.imitate != 0)
-        return (weighted.sum(1) / trained.sum(1).clamp(min=1)).sum() / batch.n_rollouts
+        return (weighted / batch.of_answer).sum() / batch.n_rollouts
 
     def _imitation(self, policy: Policy, batch: Batch, logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         if batch.teacher_ids is None or batch.teacher_logp is None:

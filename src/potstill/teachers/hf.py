@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from potstill import chat
@@ -20,12 +22,13 @@ from potstill.align import Aligner, Written
 from potstill.decode import Decoding, Row, write
 from potstill.models import Loaded, Tokens, same_tokenizer, written_ids
 from potstill.seeds import derive
+from potstill.split import Split, Text
 from potstill.types import Ask, Feedback, Usage, Wants
 
 SLACK = 1.5
 """Teacher tokens asked for per student token, where the tokenizers differ: text is cut afterwards, not before."""
 LOGITS = 1 << 27
-"""Logits held at once while scoring: half a GiB in float32, whatever the vocabulary."""
+"""Logits held at once where a model gives nothing else: half a GiB in float32, whatever the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,11 @@ class Reading:
 
 
 class HFTeacher:
-    """Scores and continues with one model. `share` off reads every prefix anew: slow, and the reference for tests."""
+    """Scores and continues with one model.
+
+    `share` off reads every prefix anew: slow, and the reference for tests. With `hides` whole distributions are told by the
+    hidden states behind them.
+    """
 
     def __init__(
         self,
@@ -55,6 +62,7 @@ class HFTeacher:
         align: bool = False,
         share: bool = True,
         shuffled: bool = False,
+        hides: bool = False,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.notes, self.ended = Counter[str](), ""
@@ -62,6 +70,7 @@ class HFTeacher:
         self.loaded, self.student, self.how, self.share = loaded, student, decoding, share
         self.foreign = text_only or same_tokenizer(student, loaded.tokens) is not None
         self.aligner = Aligner(student, loaded.tokens) if align else None
+        self.hides, self.split = hides, Split.of(loaded.model, loaded.tokens.vocab)
 
     @property
     def offers(self) -> Wants:
@@ -83,19 +92,28 @@ class HFTeacher:
     def _score(self, asks: Sequence[Ask]) -> list[Feedback]:
         out: list[Feedback] = []
         for group in self._micro([self._reading(a) for a in asks]):
-            rows = [torch.tensor([*r.prompt, *r.answer]) for r in group]
-            ids = pad_sequence(rows, batch_first=True)
-            mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
-            device = self.loaded.device
-            shortest = min(len(r.prompt) for r in group)
-            keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
-            logits = self.loaded.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
-            ).logits
-            for i, r in enumerate(group):
-                mine = logits[i, len(r.prompt) - shortest :, : self.loaded.tokens.vocab]  # its row 0 predicts answer[0]
-                out.append(self._scored(r, mine))
+            out += [self._scored(r, rows) for r, rows in zip(group, self._read(group), strict=True)]
         return out
+
+    def _read(self, group: Sequence[Reading]) -> Sequence[Float[Tensor, "s W"]]:
+        """What the model has in front of each answer's S tokens and behind the last: hidden states, or logits."""
+        if self.split:
+            hidden = self.split.hidden([Text([*r.prompt, *r.answer], len(r.prompt) - 1) for r in group])
+            return hidden.split([len(r.answer) + 1 for r in group])
+        rows = [torch.tensor([*r.prompt, *r.answer]) for r in group]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        device = self.loaded.device
+        shortest = min(len(r.prompt) for r in group)
+        keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
+        logits = self.loaded.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
+        ).logits[..., : self.loaded.tokens.vocab]
+        return [z[len(r.prompt) - shortest :][: len(r.answer) + 1] for z, r in zip(logits, group, strict=True)]
+
+    def _logp(self, rows: Float[Tensor, "n W"]) -> Float[Tensor, "n V"]:
+        logits = self.split.head(rows) if self.split else rows.float()
+        return logits.log_softmax(-1).cpu()
 
     def _reading(self, ask: Ask) -> Reading:
         prompt = chat.prompt_ids(self.loaded.tokens.tokenizer, ask.view)
@@ -106,7 +124,7 @@ class HFTeacher:
 
     def _micro(self, readings: Sequence[Reading]) -> list[list[Reading]]:
         """Consecutive questions whose tokens fit into one forward pass."""
-        room = min(self.how.cells, LOGITS // self.loaded.tokens.vocab)
+        room = self.how.cells if self.split else min(self.how.cells, LOGITS // self.loaded.tokens.vocab)
         groups: list[list[Reading]] = []
         longest = 0
         for reading in readings:
@@ -117,20 +135,28 @@ class HFTeacher:
             groups[-1].append(reading)
         return groups
 
-    def _scored(self, r: Reading, logits: torch.Tensor) -> Feedback:
-        """As much as was asked for of what the model thinks of an answer: logits [>= S + 1, V], S its own tokens."""
+    def _scored(self, r: Reading, rows: Float[Tensor, "s W"]) -> Feedback:
+        """As much as was asked for of what the model thinks of an answer of S tokens of its own."""
         ask = r.ask
         length = len(ask.rollout.response_ids) - ask.start if ask.length is None else ask.length
         mine = slice(ask.start, ask.start + length)
-        if r.written is None or self.aligner is None:
-            logp = logits[mine].float().log_softmax(-1).cpu()
-            return _scores(self.name, ask, logp, len(r.prompt) + ask.start + length)
-        theirs = logits[: len(r.answer) + 1].float().log_softmax(-1).cpu()
-        logp, sampled, aligned = self.aligner.scores(r.written, theirs)
-        if ask.wants is Wants.SAMPLED:
-            sampled, aligned = self.aligner.with_spans(r.written, theirs, sampled, aligned)
-        scored = _scores(self.name, ask, logp[mine], len(r))
-        return replace(scored, sampled=sampled[mine].numpy(), aligned=aligned[mine].numpy())
+        known = Feedback(ask=ask, teacher=self.name, usage=Usage(read=len(r.prompt) + ask.start + length))
+        if r.written is not None and self.aligner is not None:
+            theirs = self._logp(rows)
+            logp, sampled, aligned = self.aligner.scores(r.written, theirs)
+            if ask.wants is Wants.SAMPLED:
+                sampled, aligned = self.aligner.with_spans(r.written, theirs, sampled, aligned)
+            scores: dict[str, Any] = _scores(ask, logp[mine], torch.tensor(ask.rollout.response_ids[mine]))
+            scores |= {"sampled": sampled[mine].numpy(), "aligned": aligned[mine].numpy()}
+            return replace(known, usage=Usage(read=len(r)), **scores)
+        rows = rows[mine]
+        if self.hides and self.split and ask.wants is Wants.FULL:
+            return replace(known, hidden=rows.float().cpu().numpy(), head=self.split.head)
+        size = self.split.head.at_once if self.split else max(length, 1)
+        ids = torch.tensor(ask.rollout.response_ids[mine]).split(size)
+        parts = [_scores(ask, self._logp(h), i) for h, i in zip(rows.split(size), ids, strict=True)]
+        joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return replace(known, **joined)
 
     # --- continuations ------------------------------------------------------------------------------------------
 
@@ -226,14 +252,12 @@ def _shuffled(said: Sequence[Feedback]) -> list[Feedback]:
     return out
 
 
-def _scores(teacher: str, ask: Ask, logp: torch.Tensor, read: int) -> Feedback:
-    """As much of log pi_T [L, V] as was asked for."""
-    ids = torch.tensor(ask.rollout.response_ids[ask.start : ask.start + len(logp)])
-    sampled = logp.gather(-1, ids[:, None])[:, 0].numpy()
-    known: dict[str, Any] = {"ask": ask, "teacher": teacher, "usage": Usage(read=read), "sampled": sampled}
+def _scores(ask: Ask, logp: Float[Tensor, "n V"], ids: Int[Tensor, " n"]) -> dict[str, np.ndarray]:
+    """As much of log pi_T as was asked for."""
+    known = {"sampled": logp.gather(-1, ids[:, None])[:, 0].numpy()}
     if ask.wants is Wants.TOPK:
         values, indices = logp.topk(min(ask.k, logp.shape[-1]), -1)
         known |= {"topk_ids": indices.numpy(), "topk_logp": values.numpy()}
     if ask.wants is Wants.FULL:
-        known |= {"logp": logp.numpy().astype(np.float32)}
-    return Feedback(**known)
+        known |= {"logp": logp.numpy()}
+    return known

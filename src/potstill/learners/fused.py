@@ -1,0 +1,70 @@
+"""Divergences with their gradients from one pass over the vocabulary.
+
+With S = softmax(z), m = beta T + (1 - beta) S and D as in `potstill.divergence`:
+
+    beta = 0   D = KL(T || S)                                  dD/dz = S - T
+    beta = 1   D = KL(S || T)                                  dD/dz = S (log S - log T - D)
+    between    D = beta KL(T || m) + (1 - beta) KL(S || m)     dD/dz = (1 - beta) S (log S - log m - KL(S || m))
+
+`divergence.jsd` is the definition; this is held to it. The student gives every token some probability, the teacher may not.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class _Matched(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "*batch V"],
+        logp: Float[Tensor, "*batch V"],
+        teacher_logp: Float[Tensor, "*batch V"],
+        beta: float,
+    ) -> Float[Tensor, "*batch"]:
+        s = logp.exp()
+        if beta == 1:
+            gap = logp - teacher_logp
+            value = torch.linalg.vecdot(s, gap)
+            gradient = gap.sub_(value[..., None]).mul_(s)
+        else:
+            t = teacher_logp.exp()
+            known = teacher_logp.clamp(min=-1e4) if (t == 0).any() else teacher_logp  # 0 log 0 = 0
+            if beta == 0:
+                value = torch.linalg.vecdot(t, known - logp)
+                gradient = s.sub_(t)
+            else:
+                log_m = torch.lerp(s, t, beta).clamp_(min=TINY).log_()
+                gap = logp - log_m
+                away = torch.linalg.vecdot(s, gap)
+                value = beta * torch.linalg.vecdot(t, known - log_m) + (1 - beta) * away
+                gradient = gap.sub_(away[..., None]).mul_(s).mul_(1 - beta)
+        ctx.gradient = gradient
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Float[Tensor, "*batch"]) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient.mul_(grads[0][..., None]), None, None, None
+
+
+def matched(
+    logits: Float[Tensor, "*batch V"],
+    logp: Float[Tensor, "*batch V"],
+    teacher_logp: Float[Tensor, "*batch V"],
+    beta: float,
+) -> Float[Tensor, "*batch"]:
+    """`jsd(logits, teacher_logp, beta)`, nats.
+
+    Args:
+        logits: Of the student; the gradient goes to them.
+        logp: The same normalised, without gradient.
+        teacher_logp: Normalised, without gradient.
+        beta: 0: forward KL, 1: reverse KL, between: generalised Jensen-Shannon divergence.
+    """
+    value: Float[Tensor, "*batch"] = _Matched.apply(logits, logp, teacher_logp, beta)
+    return value
