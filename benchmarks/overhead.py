@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks import step
 from benchmarks.case import Case, Goal, Params
 from benchmarks.worker import result
+
+DECODER = (("potstill.kv", "Cache", ("read",)), ("potstill.lean", "Lean", ("read", "logits")))
+"""Methods that are arithmetic: (module, class, names)."""
 
 
 def cases(smoke: bool) -> list[Case]:
@@ -68,17 +72,27 @@ class Inside:
 
         return phased
 
-    def model(self, model: Any) -> None:
-        """Its passes: whole, or of the layers and the output head alone."""
-        for module in (model, model.base_model, model.get_output_embeddings()):
-            module.forward = self.wrap(module.forward)
+    def passes(self, model: Any) -> None:
+        """A model's passes, whole or of the layers alone. On the class: a model with parts of its own is decoded slowly."""
+        for kind in {type(model), type(model.base_model)}:
+            kind.forward = self.wrap(kind.forward)
+
+    def decoder(self) -> None:
+        """The decoder's own forward pass, where it has one."""
+        for module, kind, names in DECODER:
+            if find_spec(module):
+                found = getattr(import_module(module), kind)
+                for name in names:
+                    setattr(found, name, self.wrap(getattr(found, name)))
 
     def watch(self, parts: Any) -> None:
         """Everything in a run that is arithmetic: passes, loss, backward, clipping, the optimiser."""
         import torch
 
-        self.model(parts.learner.model)
-        self.model(parts.teacher.loaded.model)
+        self.passes(parts.learner.model)
+        if type(parts.teacher.loaded.model) is not type(parts.learner.model):
+            self.passes(parts.teacher.loaded.model)
+        self.decoder()
         kind = type(parts.method)
         kind.loss = self.wrap(kind.loss)
         parts.learner.optimizer.step = self.wrap(parts.learner.optimizer.step)
