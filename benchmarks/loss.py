@@ -72,40 +72,41 @@ def inputs(params: Params) -> SimpleNamespace:
 
 def ours(x: SimpleNamespace) -> Any:
     """Our loss, its logged metrics included, as the learner calls it."""
+    from contextlib import nullcontext
+
     import torch
 
     from potstill.batch import collate
-    from potstill.learners.local import LocalPolicy
+    from potstill.learners.slices import Slices
     from potstill.methods.opd import OPD
+    from potstill.split import Head
     from potstill.types import Prompt, Reviewed, Rollout, Target
 
-    def target(ids: list[int], logp: torch.Tensor) -> Target:
-        none, prompt = (0.0,) * len(ids), Prompt(id="", messages=())
+    def head(weight: torch.Tensor, *, trains: bool) -> Head:
+        module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        module.weight = torch.nn.Parameter(weight.detach(), requires_grad=trains)
+        return Head(module, len(weight))
+
+    def target(ids: list[int], hidden: torch.Tensor) -> Target:
         rollout = Rollout(
-            prompt=prompt,
+            prompt=Prompt(id="", messages=()),
             sample=0,
             prompt_ids=(0,),
             response_ids=tuple(ids),
             pieces=("",) * len(ids),
-            old_logp=none,
+            old_logp=(0.0,) * len(ids),
             finish="length",
         )
-        return Target(source=Reviewed(rollout=rollout), weight=torch.ones(len(ids)), teacher_logp=logp)
+        weight = torch.ones(len(ids))
+        return Target(source=Reviewed(rollout=rollout), weight=weight, teacher_hidden=hidden, teacher_head=teacher)
 
-    class Head:
-        """A model whose hidden states are known."""
-
-        device = x.student.device
-
-        def __call__(self, **_: Any) -> Any:
-            return SimpleNamespace(logits=x.student @ x.student_head.T)
-
-    with torch.no_grad():
-        told = [(h[:n] @ x.teacher_head.T).log_softmax(-1) for h, n in zip(x.teacher, x.lengths, strict=True)]
+    student, teacher = head(x.student_head, trains=True), head(x.teacher_head, trains=False)
     labels = [row[:n].tolist() for row, n in zip(x.labels, x.lengths, strict=True)]
-    batch = collate([target(ids, logp) for ids, logp in zip(labels, told, strict=True)])
-    loss = OPD(beta=x.beta).loss(LocalPolicy(Head(), len(x.student_head), batch), batch)[0]
-    loss.backward()
+    batch = collate([target(ids, h[: len(ids)]) for ids, h in zip(labels, x.teacher, strict=True)])
+    known: Any = SimpleNamespace(head=student, hidden=lambda *_, **__: x.student[x.mask.bool()])
+    slices = Slices(known, batch, packed=False)
+    loss = sum(seen["loss"] for seen in slices.backward(OPD(beta=x.beta), nullcontext))
+    x.student_head.grad = student.module.weight.grad
     return loss
 
 
