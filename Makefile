@@ -50,7 +50,7 @@ $(PEERS)/done: constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c $< liger-kernel
 	@touch $@
 
-bench: $(VENV)/run $(PEERS)/done ## Speed and memory beside TRL, Liger and transformers (an hour, 1.5 GB)
+bench: $(VENV)/run $(PEERS)/done ## Speed and memory beside TRL, Liger and transformers (one to two hours, 1.5 GB)
 	$(BIN)/python -m benchmarks $(NAMES)
 
 models: $(VENV)/dev ## Fetch the real models of recipes/smollm2.toml
