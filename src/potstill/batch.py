@@ -18,6 +18,14 @@ def count_tokens(targets: Sequence[Target]) -> float:
     return max(float(sum(_trained(t).sum().item() for t in targets) + branches), 1.0)
 
 
+def read_tokens(target: Target) -> int:
+    """Tokens of the rows that a target becomes, prompts included."""
+    r = target.rollout
+    return len(r.prompt_ids) + sum(
+        [len(r.response_ids), *(len(r.prompt_ids) + c.start + len(c.ids) for c in target.continuations)]
+    )
+
+
 def collate(targets: Sequence[Target], n_tokens: float | None = None, n_rollouts: int | None = None) -> Batch:
     """Pad targets to [B, T]. `n_tokens` and `n_rollouts` are those of the *whole* batch if this is a part of it.
 

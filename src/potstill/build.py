@@ -16,6 +16,7 @@ from potstill.learners.local import LocalLearner
 from potstill.learners.recorder import Recorder
 from potstill.methods.base import Method
 from potstill.models import Tokens
+from potstill.samplers.ahead import AheadSampler
 from potstill.samplers.asked import AskedSampler
 from potstill.samplers.base import Sampler
 from potstill.samplers.data import DataSampler
@@ -114,7 +115,10 @@ def _reference(config: Config, method: Method, learner: LocalLearner) -> HFTeach
 def _sampler(config: Config, method: Method, learner: LocalLearner, teacher: TeacherProtocol | None) -> Sampler:
     if method.author == "data":
         return DataSampler(learner.tokens)
-    student = HFSampler(learner.loaded, decoding=Decoding(cells=config.rollouts.batch_cells))
+    how = Decoding(cells=config.rollouts.batch_cells)
+    if config.rollouts.ahead:
+        return AheadSampler(learner.loaded, decoding=how)
+    student = HFSampler(learner.loaded, decoding=how)
     by_student = method.author == "student" and method.examples is None and not config.rollouts.off_policy
     if by_student:
         return student

@@ -279,7 +279,23 @@ def _check_rollouts(config: Config, method: Method) -> None:
             f"{method.name} needs the entropies of what it learns from, but its rollouts are written by the "
             f"{method.author}, and only the student's have them. Let the student write"
         )
-    method.check(room, group=group, updates=config.learner.updates)
+    _check_ahead(config, method)
+    method.check(room, group=group, updates=config.learner.updates + config.rollouts.ahead)
+
+
+def _check_ahead(config: Config, method: Method) -> None:
+    if not config.rollouts.ahead:
+        return
+    if method.author != "student" or method.examples or config.rollouts.off_policy:
+        raise ConfigError(
+            f"rollouts.ahead lets a copy of the student write the next step's answers, but {method.name} as set here does not "
+            "learn from the student's answers alone. Remove it"
+        )
+    if not method.stands_age:
+        raise ConfigError(
+            f"rollouts.ahead gives {method.name} answers that are one update old, and it takes them as the student's own. "
+            "Set method.max_ratio, 2 for example, which weighs them by how likely the student still finds them"
+        )
 
 
 def method_of(config: Config) -> Method:

@@ -149,6 +149,9 @@ class Rollouts(Part):
     """A control: the teacher writes, the student only says how likely it finds that."""
     resample: int = Field(0, ge=0)
     """How often other prompts take the place of those whose answers all score alike (DAPO's dynamic sampling)."""
+    ahead: bool = False
+    """Write the answers of the next step while this one is learnt from, on a copy of the student. They are then one update
+    old. Token credit corrects for it by its ratio, omniopd by `max_ratio`; opd and dagger learn at the older one's answers."""
     batch_cells: int = Field(65_536, gt=0)
     """Rows times tokens held in the student's cache at once: the bound on memory."""
 
@@ -172,6 +175,8 @@ class Learner(Part):
     """Largest gradient norm; 0: no clipping."""
     micro_batch: int = Field(0, ge=0)
     """Rollouts in one forward and backward pass; 0: all. Changes memory, never the gradient."""
+    micro_tokens: int = Field(0, ge=0)
+    """Instead: tokens of prompts and answers in one pass, but at least one rollout; 0: no bound."""
     packed: bool = False
     """Read texts one behind another in one row, without padding. Pays on a GPU; on a CPU texts of like lengths are faster."""
     updates: int = Field(1, gt=0)
@@ -179,6 +184,14 @@ class Learner(Part):
     `max_ratio`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the student's arithmetic; bfloat16 keeps its weights as they are loaded (autocast)."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "Learner":
+        if self.micro_batch and self.micro_tokens:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} and micro_tokens = {self.micro_tokens} both bound a pass; set one of them"
+            )
+        return self
 
 
 class Evaluation(Part):

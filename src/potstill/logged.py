@@ -8,6 +8,7 @@ LOGGED: dict[str, tuple[str, str]] = {
     "lr": ("", "Learning rate of the step."),
     "trained_tokens": ("tokens", "Tokens that carry a loss: the divisor of the batch."),
     "tokens": ("tokens", "Response tokens of the step's rollouts."),
+    "lag": ("updates", "rollouts.ahead: made since the weights that wrote the step's answers."),
     "dropped": ("tokens", "Of rollouts that `rollouts.resample` replaced."),
     "length": ("tokens", "Mean length of a response, the end-of-sequence token included."),
     "verdict": (

@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,13 +16,13 @@ from potstill.config import Config
 from potstill.decode import Decoding
 from potstill.errors import BudgetEnded, ConfigError, Interrupted, TrainingError
 from potstill.evaluate import evaluate
-from potstill.record import degenerate, describe, manners, rollout_means, usage
+from potstill.record import describe, manners, rollout_means, usage
 from potstill.run import Run
-from potstill.seeds import derive
 from potstill.select import select
 from potstill.spent import Spent
 from potstill.stop import Stop
-from potstill.types import Ask, Feedback, Prompt, Reviewed, Rollout, Target, Turn
+from potstill.types import Ask, Feedback, Reviewed, Rollout, Target
+from potstill.writing import Writing
 
 Row = dict[str, Any]
 
@@ -74,14 +73,14 @@ async def _train(config: Config, parts: Parts, run: Run, stop: Stop, watch: Watc
         step, folder = latest
         parts.learner.restore(folder)
     run.rewind(step)
-    spent = Spent(config, run.metrics)
+    spent, writing = Spent(config, run.metrics), Writing(config, parts)
     if step == 0:
         await _evaluate(config, parts, run, 0, spent, watch)
         if stop.asked:
             raise Interrupted(f"interrupted before the first step of {run.path}. Go on with --resume")
     while spent.share < 1:
         step += 1
-        row, targets = await _step(config, parts, step, spent)
+        row, targets = await _step(config, parts, writing, step, spent)
         if not targets:  # the teacher's budget ended before a single answer: the step before was the last
             await _close(config, parts, run, step - 1, spent, watch)
             break
@@ -96,7 +95,7 @@ async def _train(config: Config, parts: Parts, run: Run, stop: Stop, watch: Watc
             run.keep_rollouts(step, [describe(t, step, parts.method.told(t)) for t in kept])
         if step % config.eval.every == 0 or last:
             await _evaluate(config, parts, run, step, spent, watch)
-        if step % config.save.every == 0 or last or stop.asked:
+        if saved(config, step) or last or stop.asked:
             run.checkpoint(step, parts.learner.save, config.save.keep)
         if stop.asked and not last:
             raise Interrupted(f"interrupted after step {step}, which is saved in {run.path}. Go on with --resume")
@@ -112,16 +111,19 @@ async def _close(config: Config, parts: Parts, run: Run, step: int, spent: Spent
         run.checkpoint(step, parts.learner.save, config.save.keep)
 
 
-async def _step(config: Config, parts: Parts, step: int, spent: Spent) -> tuple[Row, list[Target]]:
+async def _step(config: Config, parts: Parts, writing: Writing, step: int, spent: Spent) -> tuple[Row, list[Target]]:
     method, teacher, began = parts.method, parts.teacher, time.process_time()
     notes = Counter(teacher.notes) if teacher else Counter[str]()
     try:
-        groups, dropped = await _write(config, parts, step, spent.share)
+        written = await writing.of(step, spent.share)
     except BudgetEnded as end:  # of a teacher that writes the answers itself, before it wrote one
         spent.ended = str(end)
         return {}, []
     spent.ended = teacher.ended if teacher else ""
     sampled = time.process_time()
+    groups, dropped = written.groups, written.dropped
+    if not (saved(config, step) or step == config.steps):
+        await writing.begin(step + 1, spent.share)
     rollouts = [r for group in groups for r in group]
     asks, said = [ask for r in rollouts for ask in method.asks(r)], list[Feedback]()
     new, put = asks, set[tuple[Any, ...]]()
@@ -153,42 +155,11 @@ async def _step(config: Config, parts: Parts, step: int, spent: Spent) -> tuple[
     row = {"step": step, "dropped": lost, **learnt, **info_means(targets)}
     row |= {**rollout_means(parts.verifier, groups), **usage(said, [*rollouts, *dropped])}
     row |= manners(teacher.notes - notes) if teacher else {}
+    row |= {"lag": written.lag} if config.rollouts.ahead else {}
     spent.add(row, ended - began)
     times = {"time/sample": sampled - began, "time/teacher": taught - sampled, "time/learn": ended - taught}
     row |= {name: round(t, 4) for name, t in times.items()}
     return row | {"cpu_s": round(spent.cpu_s, 3), "done": round(spent.share, 6)}, targets
-
-
-async def _write(config: Config, parts: Parts, step: int, done: float) -> tuple[list[list[Rollout]], list[Rollout]]:
-    """The rollouts of a step with their verdicts, and those that were dropped.
-
-    Groups whose answers all score alike are replaced by those of other prompts, as often as `rollouts.resample` allows.
-    """
-    limit = config.rollouts.max_tokens
-    dropped: list[Rollout] = []
-    room = config.rollouts.horizon.at(step, limit) if config.rollouts.horizon else limit
-    turn = Turn(seed=config.seed, step=step, done=done, max_tokens=room)
-
-    async def written(prompts: Sequence[Prompt]) -> list[list[Rollout]]:
-        groups = await parts.sampler.sample(prompts, config.rollouts.group, turn)
-        return [[_judged(parts, r, step, cut=room < limit) for r in group] for group in groups]
-
-    groups = await written(parts.task.draw(config.seed, step, config.rollouts.prompts))
-    for again in range(config.rollouts.resample):
-        alike = [i for i, group in enumerate(groups) if degenerate(group)]
-        known = {r.prompt.id for group in groups for r in group}
-        fresh = parts.task.draw(derive(config.seed, "again", again), step, len(alike)) if alike else []
-        fresh = [p for p in fresh if p.id not in known]
-        for i, group in zip(alike, await written(fresh) if fresh else (), strict=False):
-            dropped += groups[i]
-            groups[i] = group
-    return groups, dropped
-
-
-def _judged(parts: Parts, rollout: Rollout, step: int, *, cut: bool) -> Rollout:
-    """With its verdict, where its prompt has an answer to compare with and the answer was not cut short on purpose."""
-    unknown = rollout.prompt.answer is None or (cut and rollout.finish == "length")
-    return replace(rollout, policy_version=step - 1, verdict=None if unknown else parts.verifier(rollout))
 
 
 async def _ask(parts: Parts, asks: Sequence[Ask], said: list[Feedback]) -> None:
@@ -235,6 +206,11 @@ def review(groups: Sequence[Sequence[Rollout]], said: Sequence[Feedback]) -> lis
     for feedback in said:
         about[feedback.ask.rollout.key].append(feedback)
     return [[Reviewed(rollout=r, feedback=tuple(about[r.key])) for r in group] for group in groups]
+
+
+def saved(config: Config, step: int) -> bool:
+    """Whether a step ends with a checkpoint wherever the run may end."""
+    return step % config.save.every == 0
 
 
 def _changed(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> set[str]:

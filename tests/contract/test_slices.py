@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from potstill import split as splitting
-from potstill.batch import collate
+from potstill.batch import collate, read_tokens
 from potstill.config import LoRA
 from potstill.decode import Decoding
 from potstill.learners.local import LocalLearner
@@ -135,6 +135,19 @@ def test_a_loss_of_whole_answers_is_given_whole_answers() -> None:
     by = shifted(model("llama"))
     row = gradients(by, Sequence(), targets(OPD()))[1]
     assert row["answers"] == len(targets(OPD()))
+
+
+@METHOD
+def test_a_bound_on_tokens_changes_no_gradient(method: Method) -> None:
+    batch, bound = targets(method), 40
+    whole = gradients(shifted(model("llama")), method, batch)[0]
+    by = shifted(model("llama"), micro_tokens=bound)
+    parts = list(by._micro(batch))
+    assert len(parts) > 1
+    assert [t for part in parts for t in part] == batch
+    assert all(len(part) == 1 or sum(map(read_tokens, part)) <= bound for part in parts)
+    for name, got in gradients(by, method, batch)[0].items():
+        torch.testing.assert_close(got, whole[name], atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_to_learn_is_a_gradient_of_nothing() -> None:

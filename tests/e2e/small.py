@@ -37,7 +37,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "rollouts={prompts=4, group=4}",
     ),
     "exopd": ("method.name=exopd", "reference.path=lab/teacher", "method.reference=base", "teacher.path=lab/student"),
-    "opdvr": ("method.name=opdvr", "rollouts.horizon={start=8}"),
+    "opdvr": ("method.name=opdvr", "rollouts={prompts=4, horizon={start=8}, ahead=true}"),
     "grpd": ("method.name=grpd", GROUP, "rollouts.resample=2"),
     "rlsd": ("method.name=rlsd", GROUP),
     "r2opd": ("method.name=r2opd", "method.mean=sequence", "teacher={path='lab/foreign', align=true}"),

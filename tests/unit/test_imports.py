@@ -21,6 +21,7 @@ LAYERS = [
     {"methods", "split", "decode", "models", "align", "teachers", "samplers", "registry", "catalogue", "config"},
     {"learners", "geometry", "evaluate", "record", "spent", "stop", "report", "progress"},
     {"checks", "build"},
+    {"writing"},
     {"loop"},
     {"comparison", "demo", "doctor", "cli"},
 ]

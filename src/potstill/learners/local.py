@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.batch import collate, count_tokens, moved
+from potstill.batch import collate, count_tokens, moved, read_tokens
 from potstill.config import Learner as LearnerConfig
 from potstill.config import LoRA, Projection
 from potstill.errors import CheckpointError, ConfigError, TrainingError
@@ -261,9 +261,15 @@ class LocalLearner:
                 module.train(on)
 
     def _micro(self, targets: Sequence[Target]) -> Iterator[Sequence[Target]]:
-        size = self.config.micro_batch or len(targets)
-        for i in range(0, len(targets), size):
-            yield targets[i : i + size]
+        part: list[Target] = []
+        for target in targets:
+            most, room = self.config.micro_batch or len(targets), self.config.micro_tokens or math.inf
+            if part and (len(part) == most or sum(map(read_tokens, [*part, target])) > room):
+                yield part
+                part = []
+            part.append(target)
+        if part:
+            yield part
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "float32":

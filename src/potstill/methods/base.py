@@ -79,7 +79,7 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
         Args:
             max_tokens: Longest answer.
             group: Answers to each prompt.
-            updates: Optimiser steps on each batch.
+            updates: Optimiser steps on each batch, and one more if it is written one step ahead.
         """
         return
 
@@ -102,6 +102,11 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
     def asks_again(self) -> bool:
         """Whether answers can raise more questions (`more`)."""
         return False
+
+    @property
+    def stands_age(self) -> bool:
+        """Whether answers may be older than the student: their ratio is corrected, or the loss does not ask who wrote them."""
+        return True
 
     @property
     def refers_to(self) -> Literal["start", "base"] | None:

@@ -68,7 +68,7 @@ class OmniOPD(Audited):
     dagger: float = Field(0.0, ge=0)
     """Weight of the likelihood of the teacher's continuations: the mix with method dagger."""
     max_ratio: float | None = Field(None, ge=1)
-    """Weigh tokens by pi_theta / pi_old, at most this, for learner.updates > 1; unset: as if they were on-policy."""
+    """Weigh tokens by pi_theta / pi_old, at most this, for learner.updates > 1 or rollouts.ahead; unset: as if on-policy."""
     narrow: float = Field(0.0, ge=0, lt=0.223)
     """Stop asking about a chunk when its agreement is known to this standard deviation; 0: always ask N times. Two texts of
     which one agrees leave 0.224, so above that two would always do."""
@@ -89,6 +89,11 @@ class OmniOPD(Audited):
         """Until the agreement is known, if that is to be found out."""
         return self.narrow > 0
 
+    @property
+    def stands_age(self) -> bool:
+        """With the ratio."""
+        return self.max_ratio is not None
+
     def check(self, max_tokens: int, *, group: int, updates: int) -> None:
         """Chunks must fit, and each field must be able to do something."""
         super().check(max_tokens, group=group, updates=updates)
@@ -105,7 +110,7 @@ class OmniOPD(Audited):
         if self.max_ratio and updates == 1:
             raise ConfigError(
                 f"method.max_ratio = {self.max_ratio:g} bounds the ratio of later updates on a batch, but "
-                "learner.updates = 1, so every ratio is 1. Raise updates, or remove max_ratio"
+                "learner.updates = 1, so every ratio is 1. Raise updates, set rollouts.ahead, or remove max_ratio"
             )
         most = (self.continuations - 1) // ROUND * ROUND  # texts after the last round that could end it early
         narrowest = _deviation(0.0, most)

@@ -1,0 +1,84 @@
+"""What is written in a step: prompts -> rollouts -> verdicts. With `rollouts.ahead`, that of the next step meanwhile.
+
+    step       n                        n + 1
+    write      y_n+1 by theta_n-1       y_n+2 by theta_n
+    learn      theta_n from y_n         theta_n+1 from y_n+1         one update later than it was written
+
+The first step, and each after a checkpoint, is written anew by the newest weights, so that a resumed run goes on as if it
+had not been interrupted there.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from potstill.build import Parts
+from potstill.config import Config
+from potstill.record import degenerate
+from potstill.samplers.ahead import AheadSampler
+from potstill.seeds import derive
+from potstill.types import Prompt, Rollout, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The rollouts of a step, prompt by prompt."""
+
+    groups: list[list[Rollout]]
+    dropped: list[Rollout]
+    """Those of prompts that others have replaced."""
+    lag: int
+    """Updates made since the weights that wrote them."""
+
+
+class Writing:
+    """The rollouts of one step after another."""
+
+    def __init__(self, config: Config, parts: Parts):
+        self.config, self.parts = config, parts
+        self._ahead = parts.sampler if isinstance(parts.sampler, AheadSampler) else None
+        self._coming: asyncio.Task[Written] | None = None
+
+    async def of(self, step: int, done: float) -> Written:
+        """The rollouts of a step; `done` is the share of the run before it."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            return await coming
+        if self._ahead:
+            self._ahead.keep()
+        return await self._write(step, done, lag=0)
+
+    async def begin(self, step: int, done: float) -> None:
+        """Start on the next step's, with the weights as they are now, if it is to be written ahead."""
+        if self._ahead:
+            self._ahead.keep()
+            self._coming = asyncio.create_task(self._write(step, done, lag=1))
+            await asyncio.sleep(0)  # let it start: the learner does not wait for anything
+
+    async def _write(self, step: int, done: float, *, lag: int) -> Written:
+        """Groups whose answers all score alike are replaced by those of other prompts, as often as allowed."""
+        config, parts = self.config, self.parts
+        limit = config.rollouts.max_tokens
+        dropped: list[Rollout] = []
+        room = config.rollouts.horizon.at(step, limit) if config.rollouts.horizon else limit
+        turn = Turn(seed=config.seed, step=step, done=done, max_tokens=room)
+
+        async def written(prompts: Sequence[Prompt]) -> list[list[Rollout]]:
+            groups = await parts.sampler.sample(prompts, config.rollouts.group, turn)
+            return [[self._judged(r, step - 1 - lag, cut=room < limit) for r in group] for group in groups]
+
+        groups = await written(parts.task.draw(config.seed, step, config.rollouts.prompts))
+        for again in range(config.rollouts.resample):
+            alike = [i for i, group in enumerate(groups) if degenerate(group)]
+            known = {r.prompt.id for group in groups for r in group}
+            fresh = parts.task.draw(derive(config.seed, "again", again), step, len(alike)) if alike else []
+            fresh = [p for p in fresh if p.id not in known]
+            for i, group in zip(alike, await written(fresh) if fresh else (), strict=False):
+                dropped += groups[i]
+                groups[i] = group
+        return Written(groups, dropped, lag)
+
+    def _judged(self, rollout: Rollout, version: int, *, cut: bool) -> Rollout:
+        """With its verdict, where its prompt has an answer to compare with and the answer was not cut short on purpose."""
+        unknown = rollout.prompt.answer is None or (cut and rollout.finish == "length")
+        return replace(rollout, policy_version=version, verdict=None if unknown else self.parts.verifier(rollout))
