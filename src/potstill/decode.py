@@ -14,22 +14,27 @@ Rows of one batch that share different amounts leave unused columns in the cache
 with such a model only rows that share equally much decode together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from potstill.divergence import entropy
+from potstill.kv import Cache, fitting
+from potstill.lean import Lean
 from potstill.seeds import uniforms
 from potstill.types import Finish
 
 WIDE = 1 << 25
 """Rows times vocabulary while drawing tokens: about five float32 tensors of this size, whatever the model."""
+SCORES = 32
+"""Scores of attention that weigh as much as one cell, at the least: there is one per head, and in one layer at a time."""
+LEAVE = 8
+"""Rows that are over leave when they are one in so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +71,6 @@ class Decoding:
     """Rows times columns of the cache held at once: the bound on memory."""
 
 
-@torch.no_grad()
 def write(
     model: Any,
     trunks: Sequence[Sequence[int]],
@@ -75,41 +79,68 @@ def write(
     vocab: int,
     eos: Sequence[int],
     how: Decoding = Decoding(),
+    fast: bool = True,
 ) -> list[Written]:
-    """Continue every row until it ends or reaches its limit. Same seeds, same text, whatever the tiling."""
+    """Continue every row until it ends or reaches its limit. Same seeds, same text, whatever the tiling.
+
+    `fast` off: by the model's own forward pass, even where `potstill.lean` knows the model.
+    """
+    if not rows:
+        return []
     was_training = model.training
     model.eval()
-    shared = [_shared(trunks, row) for row in rows]
-    narrow = _narrow(model, rows, shared)
-    order = sorted(range(len(rows)), key=lambda i: shared[i]) if narrow else list(range(len(rows)))
     out: dict[int, Written] = {}
     try:
-        for tile in _tiles(trunks, rows, order, how.cells, max(WIDE // vocab, 1), shared if narrow else None):
-            written = _Tile(model, trunks, [rows[i] for i in tile], vocab, eos, how).run()
-            out |= zip(tile, written, strict=True)
+        shared = [_shared(trunks, row) for row in rows]
+        narrow = _narrow(model, rows, shared)
+        lean = fitting(model, vocab) if fast and not narrow else None
+        order = sorted(range(len(rows)), key=lambda i: shared[i]) if narrow else list(range(len(rows)))
+        apart = lean is not None and _pays(rows, shared)
+        with torch.no_grad() if lean is None else torch.inference_mode():
+            for tile in cut(rows, order, shared, how.cells, max(WIDE // vocab, 1), apart=apart, alike=narrow):
+                some, begun = [rows[i] for i in tile], [shared[i] for i in tile]
+                at = reader(model, lean, trunks, some, begun, vocab, apart)
+                out |= zip(tile, _Tile(at, some, begun, eos, how).run(), strict=True)
     finally:
         model.train(was_training)
     return [out[i] for i in range(len(rows))]
 
 
-def _tiles(
-    trunks: Sequence[Sequence[int]],
+def _own(row: Row, shared: int) -> int:
+    """Tokens that a row reads by itself."""
+    return len(row.prefix) - shared + row.limit
+
+
+def _pays(rows: Sequence[Row], shared: Sequence[int]) -> bool:
+    """Whether trunks are to be held apart from their rows: they are shared, and longer than what comes after them."""
+    return len({r.trunk for r in rows}) < len(rows) and max(shared) > max(map(_own, rows, shared))
+
+
+def cut(
     rows: Sequence[Row],
     order: Sequence[int],
+    shared: Sequence[int],
     cells: int,
     most: int,
-    alike: Sequence[int] | None,
+    *,
+    apart: bool,
+    alike: bool,
 ) -> list[list[int]]:
-    """The rows in `order`, cut where their cache would outgrow `cells`, at `most` rows, or where `alike` changes."""
+    """The rows in `order`, cut at `most` rows, where they would hold more than `cells`, or where `shared` changes.
+
+    Trunks that are held apart count once; that each row has scores for all of its trunk counts a little too.
+    """
     tiles: list[list[int]] = []
-    columns = 0
+    used, longest, tail = set[int](), 0, 0
     for i in order:
-        own = max(len(trunks[rows[i].trunk]), len(rows[i].prefix)) + rows[i].limit
-        columns = max(columns, own)
-        full = not tiles or (len(tiles[-1]) + 1) * columns > cells or len(tiles[-1]) == most
-        if full or (alike and alike[tiles[-1][-1]] != alike[i]):
+        trunk, own = rows[i].trunk, _own(rows[i], shared[i])
+        if tiles:
+            used, longest, tail = used | {trunk}, max(longest, shared[i]), max(tail, own)
+            n = len(tiles[-1]) + 1
+            held = len(used) * longest + n * tail + n * longest // SCORES if apart else n * (longest + tail)
+        if not tiles or held > cells or n > most or (alike and shared[tiles[-1][-1]] != shared[i]):
             tiles.append([])
-            columns = own
+            used, longest, tail = {trunk}, shared[i], own
         tiles[-1].append(i)
     return tiles
 
@@ -119,128 +150,12 @@ def _narrow(model: Any, rows: Sequence[Row], shared: Sequence[int]) -> bool:
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
-    if window is None or not rows:
-        return False
-    waiting = max(len(r.prefix) - s for r, s in zip(rows, shared, strict=True))
-    return window < max(shared) + waiting + max(r.limit for r in rows)
+    return window is not None and window < max(shared) + max(map(_own, rows, shared))
 
 
 def _shared(trunks: Sequence[Sequence[int]], row: Row) -> int:
     """Tokens that a row takes over. The last one of a prefix is always fed anew: its logits are what we are after."""
     return min(_common(trunks[row.trunk], row.prefix), len(row.prefix) - 1)
-
-
-class _Tile:
-    """Rows that decode together. R rows, S cached columns; rows that end leave the batch."""
-
-    def __init__(
-        self,
-        model: Any,
-        trunks: Sequence[Sequence[int]],
-        rows: Sequence[Row],
-        vocab: int,
-        eos: Sequence[int],
-        how: Decoding,
-    ):
-        self.model, self.rows, self.vocab, self.how = model, rows, vocab, how
-        self.device = model.device
-        self.eos = torch.tensor(list(eos), device=self.device)
-        self.shared = [_shared(trunks, r) for r in rows]
-        self.cache, self.valid = self._prefill(trunks)
-        longest = max(r.limit for r in rows)
-        draws = np.zeros((len(rows), longest), np.float32)
-        for i, r in enumerate(rows):
-            draws[i, : r.limit] = uniforms(r.seed, r.limit)
-        self.draws = torch.from_numpy(draws).to(self.device)
-        self.limit = torch.tensor([r.limit for r in rows], device=self.device)
-        self.ids = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-        self.logp = torch.zeros(len(rows), longest, device=self.device)
-        self.entropy = torch.zeros(len(rows), longest, device=self.device)
-        self.count = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        self.stopped = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-
-    def _prefill(self, trunks: Sequence[Sequence[int]]) -> tuple[DynamicCache, Bool[Tensor, "R S"]]:
-        used = sorted({r.trunk for r in self.rows})
-        need = {t: max(s for r, s in zip(self.rows, self.shared, strict=True) if r.trunk == t) for t in used}
-        columns = max(need.values())
-        cache = DynamicCache()
-        shared = torch.tensor(self.shared, device=self.device)
-        if columns:
-            ids = torch.zeros(len(used), columns, dtype=torch.long, device=self.device)
-            for i, t in enumerate(used):
-                ids[i, : need[t]] = torch.tensor(list(trunks[t][: need[t]]), device=self.device)
-            length = torch.tensor([need[t] for t in used], device=self.device)
-            read = torch.arange(columns, device=self.device) < length[:, None]
-            self.model(input_ids=ids, attention_mask=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            place = {t: i for i, t in enumerate(used)}
-            cache.batch_select_indices(torch.tensor([place[r.trunk] for r in self.rows], device=self.device))
-        return cache, torch.arange(columns, device=self.device) < shared[:, None]
-
-    def run(self) -> list[Written]:
-        alive = torch.arange(len(self.rows), device=self.device)
-        pending = [list(r.prefix[s:]) for r, s in zip(self.rows, self.shared, strict=True)]
-        waiting = max(len(p) for p in pending)  # steps until every row has read its prefix
-        token = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
-        position = torch.tensor(self.shared, device=self.device)
-        for step in range(10**9):
-            if step < waiting:  # the rows' own beginnings, one token each
-                given = torch.tensor([p[step] if step < len(p) else -1 for p in pending], device=self.device)
-                token = torch.where(given >= 0, given, token)
-            logits = self._forward(token, position)
-            writes = torch.tensor([step >= len(p) - 1 for p in pending], device=self.device) if step < waiting else None
-            token, over = self._draw(alive, logits, writes)
-            position = position + 1
-            if bool(over.all()):
-                break
-            if step >= waiting - 1 and int(over.sum()) * 2 >= len(alive):
-                keep = (~over).nonzero()[:, 0]
-                alive, token, position, self.valid = alive[keep], token[keep], position[keep], self.valid[keep]
-                self.cache.batch_select_indices(keep)
-        return self._collect()
-
-    def _forward(self, token: Int[Tensor, " R"], position: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        self.valid = torch.cat([self.valid, self.valid.new_ones(len(token), 1)], 1)
-        out = self.model(
-            input_ids=token[:, None],
-            attention_mask=self.valid,
-            position_ids=position[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1, : self.vocab].float()
-
-    def _draw(
-        self, alive: Int[Tensor, " R"], logits: Float[Tensor, "R V"], writes: Bool[Tensor, " R"] | None
-    ) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
-        """Draw a token per row, note it where the row is writing, and say which rows are over."""
-        logp = logits.log_softmax(-1)
-        at = self.count[alive]
-        token = _choose(logp, self.draws[alive, at.clamp(max=self.draws.shape[1] - 1)], self.how)
-        open_ = ~self.stopped[alive] & (at < self.limit[alive])
-        if writes is not None:
-            open_ &= writes
-        here, column = alive[open_], at[open_]
-        self.ids[here, column] = token[open_]
-        self.logp[here, column] = logp[open_].gather(-1, token[open_, None])[:, 0]
-        self.entropy[here, column] = entropy(logp[open_])
-        self.count[here] += 1
-        self.stopped[here] = torch.isin(token[open_], self.eos)
-        return token, self.stopped[alive] | (self.count[alive] >= self.limit[alive])
-
-    def _collect(self) -> list[Written]:
-        ids, logp, ent = self.ids.tolist(), self.logp.tolist(), self.entropy.tolist()
-        count, stopped = self.count.tolist(), self.stopped.tolist()
-        return [
-            Written(
-                ids=tuple(ids[i][: count[i]]),
-                logp=tuple(logp[i][: count[i]]),
-                entropy=tuple(ent[i][: count[i]]),
-                finish="stop" if stopped[i] else "length",
-                shared=self.shared[i],
-            )
-            for i in range(len(self.rows))
-        ]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -251,14 +166,177 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _choose(logp: Float[Tensor, "R V"], draw: Float[Tensor, " R"], how: Decoding) -> Int[Tensor, " R"]:
-    """Inverse of the cumulative distribution: one number in [0, 1) decides a token, whatever the batch around it."""
+class Modules:
+    """The model's own forward pass and cache: the reference for `potstill.kv`, and the way of models it does not know."""
+
+    def __init__(
+        self,
+        model: Any,
+        trunks: Sequence[Sequence[int]],
+        place: Sequence[int],
+        shared: Sequence[int],
+        vocab: int,
+    ):
+        """Row r takes over the first `shared[r]` tokens of the trunk `place[r]`."""
+        self.model, self.vocab, self.device = model, vocab, model.device
+        self.cache = DynamicCache()
+        self.position = torch.tensor(shared, device=self.device)
+        columns = max(map(len, trunks))
+        if columns:
+            ids = torch.tensor([[*t, *(0,) * (columns - len(t))] for t in trunks], device=self.device)
+            length = torch.tensor([len(t) for t in trunks], device=self.device)
+            mask = torch.arange(columns, device=self.device) < length[:, None]
+            model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache.batch_select_indices(torch.tensor(place, device=self.device))
+        self.valid = torch.arange(columns, device=self.device) < self.position[:, None]
+
+    def read(self, token: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        """One more token of each row; logits of the next."""
+        self.valid = torch.cat([self.valid, self.valid.new_ones(len(token), 1)], 1)
+        out = self.model(
+            input_ids=token[:, None],
+            attention_mask=self.valid,
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.position = self.position + 1
+        return out.logits[:, -1, : self.vocab].float()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        at = torch.tensor(rows, device=self.device)
+        self.position, self.valid = self.position[at], self.valid[at]
+        self.cache.batch_select_indices(at)
+
+
+def reader(
+    model: Any,
+    lean: Lean | None,
+    trunks: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    shared: Sequence[int],
+    vocab: int,
+    apart: bool,
+) -> Cache | Modules:
+    """What has read as much of each trunk as some row shares."""
+    used = sorted({r.trunk for r in rows})
+    need = {t: max(s for r, s in zip(rows, shared, strict=True) if r.trunk == t) for t in used}
+    place = [used.index(r.trunk) for r in rows]
+    read = [list(trunks[t][: need[t]]) for t in used]
+    if lean is None:
+        return Modules(model, read, place, shared, vocab)
+    return Cache(lean, read, place, shared, max(map(_own, rows, shared)), apart=apart and max(shared) > 0)
+
+
+class _Tile:
+    """Rows that decode together. Row r writes from step `first[r]` to step `last[r]`, and then leaves the batch."""
+
+    def __init__(
+        self, reader: Cache | Modules, rows: Sequence[Row], shared: Sequence[int], eos: Sequence[int], how: Decoding
+    ):
+        self.reader, self.rows, self.shared, self.eos, self.how = reader, rows, shared, set(eos), how
+        self.pending = [r.prefix[s:] for r, s in zip(rows, shared, strict=True)]
+        self.first = [len(p) - 1 for p in self.pending]
+        self.last = [f + r.limit - 1 for f, r in zip(self.first, rows, strict=True)]
+        self.finish: list[Finish] = ["length"] * len(rows)
+        draws = np.zeros((max(self.last) + 1, len(rows)), np.float32)
+        for i, r in enumerate(rows):
+            draws[self.first[i] : self.last[i] + 1, i] = uniforms(r.seed, r.limit)
+        self.draws = torch.from_numpy(draws).to(reader.device)
+        self.said: list[tuple[list[int], list[tuple[Tensor, ...]]]] = []
+        """Spells in which the batch stayed the same: its rows, and tokens, log-probs and entropies of each step."""
+
+    def run(self) -> list[Written]:
+        """Step by step until every row is over."""
+        alive, over = list(range(len(self.rows))), set[int]()  # rows; which places among them are idle
+        steps: list[tuple[Tensor, ...]] = []
+        self.said.append((alive, steps))
+        token = torch.zeros(len(alive), dtype=torch.long, device=self.reader.device)
+        draws = self.draws
+        for step in range(len(draws)):
+            token = self._given(step, alive, token)
+            steps.append(_draw(self.reader.read(token), draws[step], self.how))
+            token = steps[-1][0]
+            for at, (row, t) in enumerate(zip(alive, token.tolist(), strict=True)):
+                if at not in over and step >= self.first[row] and (t in self.eos or step == self.last[row]):
+                    over.add(at)
+                    self.last[row] = step
+                    self.finish[row] = "stop" if t in self.eos else "length"
+            if len(over) * LEAVE >= len(alive):
+                keep = _closed(len(alive), over)
+                if not keep:
+                    break
+                self.reader.keep(keep)
+                at_ = torch.tensor(keep, device=token.device)
+                token, draws, alive, over, steps = token[at_], draws[:, at_], [alive[i] for i in keep], set(), []
+                self.said.append((alive, steps))
+        return self._collect()
+
+    def _given(self, step: int, alive: Sequence[int], token: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+        """The rows' own beginnings, one token at each step, in place of what was drawn."""
+        if step > max(self.first):
+            return token
+        given = {at: self.pending[r][step] for at, r in enumerate(alive) if step <= self.first[r]}
+        if given:
+            where = torch.tensor(list(given), device=token.device)
+            token = token.index_copy(0, where, torch.tensor(list(given.values()), device=token.device))
+        return token
+
+    def _collect(self) -> list[Written]:
+        size = (max(self.last) + 1, len(self.rows))
+        ids, logp, entropy = np.zeros(size, np.int64), np.zeros(size, np.float32), np.zeros(size, np.float32)
+        end = 0
+        for alive, steps in self.said:
+            start, end = end, end + len(steps)
+            said = [torch.stack(parts).cpu().numpy() for parts in zip(*steps, strict=True)]
+            ids[start:end, alive], logp[start:end, alive], entropy[start:end, alive] = said
+        spans = [slice(begin, end + 1) for begin, end in zip(self.first, self.last, strict=True)]
+        return [
+            Written(
+                ids=tuple(ids[span, i].tolist()),
+                logp=tuple(logp[span, i].tolist()),
+                entropy=tuple(entropy[span, i].tolist()),
+                finish=self.finish[i],
+                shared=self.shared[i],
+            )
+            for i, span in enumerate(spans)
+        ]
+
+
+def _closed(count: int, gone: Collection[int]) -> list[int]:
+    """The places that stay, with the last of them in the gaps."""
+    left = count - len(gone)
+    tail = [i for i in range(left, count) if i not in gone]
+    return [tail.pop() if i in gone else i for i in range(left)]
+
+
+def _draw(
+    logits: Float[Tensor, "R V"], draw: Float[Tensor, " R"], how: Decoding
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """A token for each row, its log-prob and the entropy."""
+    logp = logits.log_softmax(-1)
+    probability = logp.exp()
+    entropy = -torch.linalg.vecdot(probability, logp.clamp_min_(torch.finfo(logp.dtype).min))
+    token = _choose(logp, probability, draw, how)
+    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+
+
+def _choose(
+    logp: Float[Tensor, "R V"], probability: Float[Tensor, "R V"], draw: Float[Tensor, " R"], how: Decoding
+) -> Int[Tensor, " R"]:
+    """Inverse of the cumulative distribution: one number in [0, 1) decides a token, whatever the batch around it.
+
+    `probability` is used up.
+    """
     if how.temperature == 0:
         return logp.argmax(-1)
-    probability = (logp / how.temperature).softmax(-1)
+    if how.temperature != 1:
+        probability = (logp / how.temperature).softmax(-1)
     if how.top_p < 1:
         ranked, order = probability.sort(-1, descending=True)
         outside = ranked.cumsum(-1) - ranked >= how.top_p
         probability = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(outside, 0.0))
-    cdf = probability.cumsum(-1)
+    cdf = probability.cumsum_(-1)
     return torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logp.shape[-1] - 1)

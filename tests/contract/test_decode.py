@@ -8,11 +8,12 @@ import torch
 from tests import tiny
 from tests.tiny import plain_logp
 
-from potstill.decode import Decoding, Row, Written, write
+from potstill.decode import Decoding, Row, Written, cut, reader, write
+from potstill.kv import Cache, fitting
 from potstill.seeds import derive
 
 V = 40
-FAMILIES = ["llama", "qwen2", "gemma3"]
+FAMILIES = ["llama", "qwen2", "gemma3"]  # the last one is always read by its own forward pass
 GREEDY = Decoding(temperature=0.0)
 
 
@@ -32,10 +33,15 @@ ROWS = [
 ]
 
 
+AUDIT = [Row(trunk=0, prefix=LONG[:n], limit=5, seed=derive("audit", n, i)) for n in (3, 14, 15, 30) for i in range(4)]
+AUDIT += [Row(trunk=1, prefix=TRUNKS[1][:n], limit=3 + n, seed=derive("audit", n)) for n in (1, 4, 9)]
+"""Continuations shorter than their trunk: it is held once, apart from them."""
+
+
 def alone(model: Any, row: Row, how: Decoding = Decoding(), eos: Sequence[int] = ()) -> Written:  # noqa: B008
-    """The naive path: a trunk and a batch of its own."""
+    """The naive path: a trunk and a batch of its own, by the model's own forward pass."""
     own = Row(trunk=0, prefix=row.prefix, limit=row.limit, seed=row.seed)
-    return write(model, [row.prefix], [own], vocab=V, eos=eos, how=how)[0]
+    return write(model, [row.prefix], [own], vocab=V, eos=eos, how=how, fast=False)[0]
 
 
 def same(a: Sequence[Written], b: Sequence[Written]) -> None:
@@ -70,9 +76,12 @@ def test_logp_and_entropy_are_those_of_a_plain_forward_pass(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_shared_path_is_the_naive_one(family: str) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_shared_path_is_the_naive_one(family: str, fast: bool) -> None:
     model = tiny.model(family, V)
-    shared = write(model, TRUNKS, ROWS, vocab=V, eos=(2, 3))
+    assert (fitting(model, V) is None) == (family == "gemma3")
+    same(write(model, TRUNKS, AUDIT, vocab=V, eos=(2,), fast=fast), [alone(model, row, eos=(2,)) for row in AUDIT])
+    shared = write(model, TRUNKS, ROWS, vocab=V, eos=(2, 3), fast=fast)
     same(shared, [alone(model, row, eos=(2, 3)) for row in ROWS])
     # what was shared: all but the last token of a prefix, or as much as it has in common with its trunk
     assert [w.shared for w in shared] == [4, 4, 16, 16, 29, 29, 20, 10, 0, 0]
@@ -80,14 +89,42 @@ def test_the_shared_path_is_the_naive_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cells", [1, 100, 200])
-def test_tiling_and_order_change_nothing(family: str, cells: int) -> None:
+@pytest.mark.parametrize("rows", [ROWS, AUDIT], ids=["rows", "audit"])
+def test_tiling_and_order_change_nothing(family: str, cells: int, rows: list[Row]) -> None:
     model = tiny.model(family, V)
-    whole = write(model, TRUNKS, ROWS, vocab=V, eos=(2,))
-    same(write(model, TRUNKS, ROWS, vocab=V, eos=(2,), how=Decoding(cells=cells)), whole)
-    same(write(model, TRUNKS, ROWS[::-1], vocab=V, eos=(2,))[::-1], whole)
+    whole = write(model, TRUNKS, rows, vocab=V, eos=(2,))
+    same(write(model, TRUNKS, rows, vocab=V, eos=(2,), how=Decoding(cells=cells)), whole)
+    same(write(model, TRUNKS, rows[::-1], vocab=V, eos=(2,))[::-1], whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_fast_path_is_the_slow_one(family: str) -> None:
+    """Many rows, which end one by one, under every way to draw."""
+    model = tiny.model(family, V)
+    rows = [Row(trunk=i % 2, prefix=TRUNKS[i % 2][: 2 + i % 7], limit=30, seed=derive("many", i)) for i in range(60)]
+    for how in (Decoding(), GREEDY, Decoding(temperature=0.7, top_p=0.9)):
+        fast, slow = (write(model, TRUNKS, rows, vocab=V, eos=(2, 5), how=how, fast=fast) for fast in (True, False))
+        assert len({len(w.ids) for w in fast}) > 5 or how is GREEDY
+        same(fast, slow)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("cells", [80, 120, 160])
+def test_a_cache_holds_no_more_cells_than_allowed(cells: int, apart: bool) -> None:
+    model, rows = tiny.model("llama", V), AUDIT if apart else ROWS
+    lean, shared = fitting(model, V), [min(len(r.prefix) - 1, 29 if r.trunk == 0 else 10) for r in rows]
+    tiles = cut(rows, range(len(rows)), shared, cells, 1000, apart=apart, alike=False)
+    assert len(tiles) > 1
+    assert sorted(i for tile in tiles for i in tile) == list(range(len(rows)))
+    for tile in tiles:
+        some, begun = [rows[i] for i in tile], [shared[i] for i in tile]
+        held = reader(model, lean, TRUNKS, some, begun, V, apart)
+        assert isinstance(held, Cache)
+        assert held.cells <= cells
 
 
 def test_a_tile_holds_no_more_cells_than_allowed() -> None:
+    """By the model's own forward pass, as a hook watches it."""
     model = tiny.model("llama", V)
     seen: list[int] = []
     handle = model.register_forward_pre_hook(
@@ -95,7 +132,7 @@ def test_a_tile_holds_no_more_cells_than_allowed() -> None:
     )
     write(model, TRUNKS, ROWS, vocab=V, eos=(), how=Decoding(cells=100))
     handle.remove()
-    assert max(seen) <= 100
+    assert max(seen) in range(50, 101)
 
 
 def test_equal_seeds_give_equal_text_and_other_seeds_other_text() -> None:

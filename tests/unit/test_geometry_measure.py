@@ -20,6 +20,7 @@ from potstill.geometry.rows import density_map
 from potstill.geometry.trajectory import bases, follow
 from potstill.report import geometry as page
 from potstill.report import geometry_compare
+from potstill.report.geometry_numbers import NUMBERS
 
 Q, D = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
 SHAPES = {Q: (128, 160), D: (96, 128)}
@@ -255,11 +256,17 @@ def test_the_page_draws_what_was_recorded_where_that_is_more(walked: Path):
     for said in ("share of changed weights on", "of them changed", "right side, K = 16", "left side, K = 16"):
         assert said in plain
     assert "was recorded while it trained" not in plain
-    more = [p | {"progress": x} for x in (0.1, 0.2, 0.3, 0.6, 1.0) for p in figures["aggregate"]["attention"][:1]]
+    [first, *_] = figures["aggregate"]["attention"]
+    kept = {name: value for name, value in first["columns"].items() if not name.startswith("nss")}
+    more = [first | {"progress": x, "columns": kept} for x in (0.1, 0.2, 0.3, 0.6, 1.0)]
     figures["recorded"] = {"aggregate": {"attention": more}, "growth": {}, "growth_noise": {}}
     longer = page.render(figures)
     assert "Lines with 5 points are of what was recorded" in longer
     assert longer.count("<circle") > plain.count("<circle") + 10, "two points more on each line that was recorded"
+    both = geometry_compare.compare([walked / "geometry-small", walked / "geometry-large"])
+    drawn = geometry_compare.render(both | {"recorded": {"geometry-small": more, "geometry-large": []}})
+    assert drawn.count("<circle") > geometry_compare.render(both).count("<circle") + 8
+    assert "Spectral shift at equal norm" in drawn, "which no recording has"
     alone = figures | {"aggregate": {"attention": figures["aggregate"]["attention"][-1:]}}
     alone["similarity"] = {"attention": {"U": {}, "V": {}}}
     alone["recorded"]["growth"] = alone["recorded"]["growth_noise"] = {"attention": 0.5}
@@ -300,6 +307,11 @@ def test_aggregates_by_hand():
     assert weighted_sparsity([{"changed": 1, "numel": 10}, {"changed": 80, "numel": 90}]) == pytest.approx(0.19)
     points = [{"step": t, "columns": {"fro": {"mean": 3 * t**0.7}}} for t in (2, 8, 20)]
     assert growth({"all": points, "one": points[:1]}) == {"all": pytest.approx(0.7), "one": None}
+
+
+def test_a_small_share_is_not_said_to_be_none():
+    [proj] = [number for number in NUMBERS if number.column == "proj"]
+    assert [proj.show(x) for x in (0.0, 4.3e-4, 0.0321)] == ["0.0\xa0%", "0.043\xa0%", "3.2\xa0%"]
 
 
 def test_density_map_keeps_the_share():

@@ -97,17 +97,13 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         },
         "first": {label: row[0] for label, row in points.items()},
         "points": points,
-        "curves": {label: _curve(f, points[label], group) for label, f in found.items()},
+        "recorded": {
+            label: (f.get("recorded") or {"aggregate": {}})["aggregate"].get(group, []) for label, f in found.items()
+        },
         "growth": {label: (f["growth"][group], f.get("growth_noise", {}).get(group)) for label, f in found.items()},
         "training": {label: {"training": f.get("training")} for label, f in found.items()},
         "between": between(dict(zip(found, folders, strict=True)), found, group),
     }
-
-
-def _curve(figures: Figures, points: list[Any], group: str) -> list[Any]:
-    """The recorded points, where a run recorded more than it kept checkpoints of."""
-    kept = (figures.get("recorded") or {"aggregate": {}})["aggregate"].get(group, [])
-    return kept if len(kept) > len(points) else points
 
 
 def _norm(point: Mapping[str, Any]) -> float:
@@ -241,7 +237,7 @@ def render(compared: Mapping[str, Any]) -> str:
         similar=SIMILAR,
         far=far(compared),
         told=told,
-        charts=_charts(compared["curves"], marks),
+        charts=_charts(compared["points"], compared["recorded"], marks),
         score_charts=geometry_scores.charts(compared["training"], marks),
         projected=geometry_scores.projected(compared["training"]),
         script=script,
@@ -254,11 +250,16 @@ def write(path: Path, compared: Mapping[str, Any]) -> None:
     write_whole(path, render(compared))
 
 
-def _charts(points: Mapping[str, Any], marks: Mapping[str, tuple[int, bool]]) -> list[Chart]:
+def _charts(
+    points: Mapping[str, Any], recorded: Mapping[str, Any], marks: Mapping[str, tuple[int, bool]]
+) -> list[Chart]:
+    """Each number at the checkpoints, or where it was recorded, if that is oftener."""
+
     def chart(title: str, column: str, *, against_norm: bool = False, early: bool = False) -> Chart | None:
         series: list[Series] = []
         for label, row in points.items():
-            known = [p for p in (row[:-1] if early else row) if column in p["columns"]]
+            kept, more = ([p for p in among if column in p["columns"]] for among in (row, recorded[label]))
+            known = max(kept[:-1] if early else kept, more, key=len)
             drawn = [
                 Point(_norm(p) if against_norm else 100 * p["progress"], p["columns"][column]["mean"]) for p in known
             ]

@@ -29,6 +29,8 @@ class Number:
 
     def show(self, value: float) -> str:
         """In words."""
+        if self.percent and 0 < value < 1e-3:  # one digit behind the point would say none
+            return f"{100 * value:.2g}\N{NO-BREAK SPACE}%"
         return percent(value) if self.percent else short(value)
 
     def spread(self, mean: float, sd: float) -> str:
