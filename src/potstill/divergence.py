@@ -60,9 +60,10 @@ def entropy(logits: Logits) -> Nats:
 
 
 def _entropy(logp: Logits) -> Nats:
-    """The same of normalised log-probabilities, in fewer passes."""
+    """The same of normalised log-probabilities, in fewer passes and without gradient."""
+    logp = logp.detach()
     known = logp.clamp_min(torch.finfo(logp.dtype).min) if logp.amin() == -math.inf else logp
-    return -torch.linalg.vecdot(logp.exp(), known)
+    return -logp.exp().mul_(known).sum(-1)
 
 
 def with_rest(logp: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K+1"]:

@@ -29,21 +29,21 @@ class _Matched(torch.autograd.Function):
     ) -> Float[Tensor, "*batch"]:
         s = logp.exp()
         if beta == 1:
-            gap = logp - teacher_logp
-            value = torch.linalg.vecdot(s, gap)
-            gradient = gap.sub_(value[..., None]).mul_(s)
+            gap = (logp - teacher_logp).mul_(s)
+            value = gap.sum(-1)
+            gradient = gap.addcmul_(s, value[..., None], value=-1)
         else:
             t = teacher_logp.exp()
-            known = teacher_logp.clamp(min=-1e4) if (t == 0).any() else teacher_logp  # 0 log 0 = 0
+            known = teacher_logp.clamp(min=-1e4) if teacher_logp.amin() == -torch.inf else teacher_logp  # 0 log 0 = 0
             if beta == 0:
-                value = torch.linalg.vecdot(t, known - logp)
+                value = (known - logp).mul_(t).sum(-1)
                 gradient = s.sub_(t)
             else:
                 log_m = torch.lerp(s, t, beta).clamp_(min=TINY).log_()
-                gap = logp - log_m
-                away = torch.linalg.vecdot(s, gap)
-                value = beta * torch.linalg.vecdot(t, known - log_m) + (1 - beta) * away
-                gradient = gap.sub_(away[..., None]).mul_(s).mul_(1 - beta)
+                gap = (logp - log_m).mul_(s)
+                away = gap.sum(-1)
+                value = beta * torch.sub(known, log_m, out=log_m).mul_(t).sum(-1) + (1 - beta) * away
+                gradient = gap.addcmul_(s, away[..., None], value=-1).mul_(1 - beta)
         ctx.gradient = gradient
         return value
 
