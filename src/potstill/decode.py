@@ -10,8 +10,9 @@ all others, each at its own position:
 
 A row with a trunk of its own is the naive path; `tests/contract` holds the shared one to it.
 
-Rows of one batch that share different amounts leave unused columns in the cache. A sliding window counts columns, so
-with such a model only rows that share equally much decode together.
+Two things can read a batch: `potstill.kv.Cache`, for the models that `potstill.lean` knows, and `Modules`, the model's own
+forward pass, for all others and as the reference. In the latter, rows that share different amounts leave unused columns in
+the cache. A sliding window counts columns, so with such a model only rows that share equally much decode together.
 """
 
 from collections.abc import Collection, Sequence

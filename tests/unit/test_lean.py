@@ -131,6 +131,7 @@ def other(name: str) -> Any:
     if name == "gemma3":
         return tiny.model("gemma3", V)
     model = made("llama")
+    assert fitting(model, V) is not None  # what comes now comes after it was tried
     if name == "lora":
         from peft import LoraConfig, get_peft_model
 
