@@ -317,8 +317,7 @@ def _draw(
     logits: Float[Tensor, "R V"], draw: Float[Tensor, " R"], how: Decoding
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """A token for each row, its log-prob and the entropy."""
-    logp = logits.log_softmax(-1)
-    probability = logp.exp()
+    logp, probability = logits.log_softmax(-1), logits.softmax(-1)
     entropy = -torch.linalg.vecdot(probability, logp.clamp_min_(torch.finfo(logp.dtype).min))
     token = _choose(logp, probability, draw, how)
     return token, logp.gather(-1, token[:, None])[:, 0], entropy

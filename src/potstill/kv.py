@@ -211,12 +211,10 @@ class Cache:
 def _part(
     s: Float[Tensor, "B n S"], v: Float[Tensor, "B S D"]
 ) -> tuple[Float[Tensor, "B n D"], Float[Tensor, "B n 1"]]:
-    """softmax(s) v and log sum exp(s), in float32. `s` is used up."""
-    s = s.float()
-    top = s.amax(-1, keepdim=True)
-    p = s.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)
-    return torch.bmm(p.to(v.dtype), v).float() / total, top + total.log()
+    """softmax(s) v and lse(s), in float32. The largest p is exp(max(s) - lse), so lse needs no exp of its own."""
+    p = s.softmax(-1, dtype=torch.float32)
+    lse = s.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).log_()
+    return torch.bmm(p.to(v.dtype), v).float(), lse
 
 
 _VERDICTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

@@ -30,7 +30,6 @@ FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Model types of transformers whose forward pass is the one above."""
 SMALL = 1 << 22
 """Parameters outside the embedding up to which a model is folded: 16 MiB of copies."""
-
 Attend = Callable[[int, Float[Tensor, "N H D"], Float[Tensor, "N K2 D"]], Float[Tensor, "N HD"] | None]
 """Layer, its queries, its keys and values -> what each token takes from the others; None: nobody needs the rest."""
 
@@ -88,9 +87,9 @@ class Lean:
 
     def logits(self, x: Float[Tensor, "N hidden"]) -> Float[Tensor, "N V"]:
         """Of the next token, in float32."""
-        return (
-            torch.mm(_unit(x, self.bit), self.out) if self.folded else F.linear(_rms(x, self.norm), self.head).float()
-        )
+        if self.folded:
+            return torch.mm(_unit(x, self.bit), self.out)
+        return _linear(_rms(x, self.norm), self.head).float()
 
 
 class Plain:
@@ -105,7 +104,7 @@ class Plain:
     ) -> tuple[Float[Tensor, "N H D"], Float[Tensor, "N K2 D"]]:
         """Queries, and keys and values, of each token."""
         a, n = self.attention, _rms(x, self.layer.input_layernorm)
-        q, k, v = (_linear(n, m).unflatten(-1, (-1, self.dim)) for m in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (_linear(n, m.weight, m.bias).unflatten(-1, (-1, self.dim)) for m in (a.q_proj, a.k_proj, a.v_proj))
         if hasattr(a, "q_norm"):
             q, k = _rms(q, a.q_norm), _rms(k, a.k_norm)
         pairs = torch.complex(*torch.cat([q, k], 1).float().unflatten(-1, (2, -1)).unbind(-2)) * turn
@@ -114,11 +113,11 @@ class Plain:
 
     def after(self, x: Float[Tensor, "N hidden"], taken: Float[Tensor, "N HD"]) -> Float[Tensor, "N hidden"]:
         """What the layer makes of each token."""
-        out, down = self.attention.o_proj, self.mlp.down_proj
-        x = _plus(x, taken, out.weight.t(), out.bias)
+        out, gate, up, down = self.attention.o_proj, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
+        x = _linear(taken, out.weight, out.bias).add_(x)
         n = _rms(x, self.layer.post_attention_layernorm)
-        gate = F.silu(_linear(n, self.mlp.gate_proj))
-        return _plus(x, gate.mul_(_linear(n, self.mlp.up_proj)), down.weight.t(), down.bias)
+        inner = F.silu(_linear(n, gate.weight, gate.bias)).mul_(_linear(n, up.weight, up.bias))
+        return _linear(inner, down.weight, down.bias).add_(x)
 
 
 class Folded(Plain):
@@ -165,8 +164,11 @@ class Folded(Plain):
         return _plus(x, F.silu(gate).mul_(up), self.down, self.mlp.down_proj.bias)
 
 
-def _linear(x: Tensor, m: nn.Linear) -> Tensor:
-    return F.linear(x, m.weight, m.bias)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b. For a few rows in float32 oneDNN takes a tenth less time than the BLAS that torch would use."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def _times(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
