@@ -120,6 +120,10 @@ def test_slices_of_a_model_in_bfloat16_add_up_in_float32(monkeypatch: pytest.Mon
     assert error(shifted(made)) < 1.1 * error(whole)
 
 
+def test_slices_under_autocast() -> None:
+    assert_alike(shifted(model("llama"), precision="bfloat16"), METHODS["opd"], targets(METHODS["opd"]), 0.03)
+
+
 class Sequence(OPD):
     """A loss that looks at whole answers."""
 

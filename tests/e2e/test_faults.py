@@ -24,6 +24,7 @@ from potstill.lab import model_path
 from potstill.run import Run, load_run
 from potstill.spent import Spent
 from potstill.types import Turn
+from potstill.writing import Writing
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone():
     config = parsed("steps=3")
     parts = build(config)
     before = {k: v.clone() for k, v in parts.learner.model.state_dict().items()}
-    targets = asyncio.run(loop._step(config, parts, 1, Spent(config, [])))[1]
+    targets = asyncio.run(loop._step(config, parts, Writing(config, parts), 1, Spent(config, [])))[1]
     after = {k: v.clone() for k, v in parts.learner.model.state_dict().items()}
     assert any(not torch.equal(before[k], after[k]) for k in before)
     spoilt = [replace(t, weight=t.weight * float("inf")) for t in targets]

@@ -9,9 +9,10 @@ from tests.e2e.small import parsed
 from potstill import loop
 from potstill.build import Parts, build
 from potstill.config import Config
-from potstill.loop import degenerate
+from potstill.record import degenerate
 from potstill.spent import Spent
 from potstill.types import Rollout
+from potstill.writing import Writing
 
 Step = tuple[Config, Parts]
 
@@ -24,7 +25,8 @@ def step_of(*overrides: str) -> Step:
 async def groups(
     config: Config, parts: Parts, step: int = 1, done: float = 0.0
 ) -> tuple[list[list[Rollout]], list[Rollout]]:
-    return await loop._write(config, parts, step, done)
+    written = await Writing(config, parts).of(step, done)
+    return written.groups, written.dropped
 
 
 def run(coroutine: Any) -> Any:

@@ -9,13 +9,17 @@ whatever V and N, and logits are computed once.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from potstill.learners.policy import Context, Slice
 from potstill.methods.base import Method, Metrics
-from potstill.split import Split, Text
+from potstill.split import Head, Split, Text
 from potstill.types import Batch
 
 
@@ -48,46 +52,72 @@ class Slices:
 
     def backward(self, method: Method, around: Context) -> Iterator[Metrics]:
         """Add the gradient of the loss to that of the weights, and tell loss and metrics of each slice."""
-        head, at_once = self._split.head, self._split.head.at_once
-        leaf = self._hidden.detach().requires_grad_()
-        sums = _Sums(head.module)
-        for part in torch.arange(len(leaf), device=leaf.device).split(at_once):
-            here = slice(int(part[0]), int(part[-1]) + 1)
-            frozen = None
-            if self._frozen:
-                other, hidden, enter = self._frozen
-                frozen = Slice(hidden[None, here], other.head, around=enter)
-            with around():
-                policy = Slice(leaf[None, here], head, frozen=frozen)
-                loss, seen = method.loss(policy, self._batch.only(self._where[here]))
-            loss.backward()
-            sums.add()
-            yield {"loss": loss.detach(), **seen}
+        sums = _Sums(self._split.head)
+        leaf, at_once = self._hidden.detach().requires_grad_(), sums.head.at_once
+        for start in range(0, len(leaf), at_once):
+            yield self._one(slice(start, start + at_once), leaf, sums.head, method, around)
         sums.close()
         assert leaf.grad is not None
         if self._hidden.requires_grad:
             self._hidden.backward(leaf.grad)
 
+    def _one(self, here: slice, leaf: Tensor, head: Head, method: Method, around: Context) -> Metrics:
+        """A slice, of which nothing but its metrics is left in memory."""
+        frozen = None
+        if self._frozen:
+            other, hidden, enter = self._frozen
+            frozen = Slice(hidden[None, here], other.head, around=enter)
+        with around():
+            policy = Slice(leaf[None, here], head, frozen=frozen)
+            loss, seen = method.loss(policy, self._batch.only(self._where[here]))
+        loss.backward()
+        return {"loss": loss.detach(), **seen}
+
 
 class _Sums:
-    """Gradients of the head over slices, added in float32 where its weights have fewer digits."""
+    """The gradient of an output layer's weights over slices: one sum in float32, whatever their type, added to in place.
 
-    def __init__(self, module: torch.nn.Module):
-        self._short = {p: None for p in module.parameters() if p.requires_grad and p.dtype != torch.float32}
-        self._before = {p: p.grad for p in self._short}
-        self._sums: dict[Tensor, Tensor] = {}
-        for p in self._short:
-            p.grad = None
+    Autograd would make a matrix as large for each slice. Layers that are more than a matrix and a bias, such as an adapter
+    on one, are left to it.
+    """
 
-    def add(self) -> None:
-        """Take over what the last slice has left."""
-        for p in self._short:
-            if p.grad is not None:
-                self._sums[p] = p.grad.float() if p not in self._sums else self._sums[p].add_(p.grad)
-                p.grad = None
+    def __init__(self, head: Head):
+        module = head.module
+        plain = type(module) is torch.nn.Linear and module.weight.requires_grad
+        self._weight = module.weight if plain else None
+        self._sum = torch.zeros_like(module.weight, dtype=torch.float32) if plain else None
+        # No method of this object: the two would keep each other, and the sum, alive.
+        self.head = replace(head, project=partial(_product, module.weight, module.bias, self._sum)) if plain else head
 
     def close(self) -> None:
-        """Give the sums back."""
-        for p, before in self._before.items():
-            total = self._sums.get(p)
-            p.grad = before if total is None else total.to(p.dtype) if before is None else (total + before).to(p.dtype)
+        """Give the sum to the weights."""
+        if self._weight is not None and self._sum is not None:
+            before = self._weight.grad
+            total = self._sum if before is None else self._sum.add_(before)
+            self._weight.grad = total.to(self._weight.dtype)
+
+
+def _product(
+    weight: Float[Tensor, "W H"],
+    bias: Float[Tensor, " W"] | None,
+    total: Tensor | None,
+    hidden: Float[Tensor, "*batch H"],
+) -> Float[Tensor, "*batch W"]:
+    z: Tensor = _Product.apply(hidden, weight, total)
+    return z if bias is None else z + bias
+
+
+class _Product(torch.autograd.Function):
+    """h W', whose gradient for W goes into a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Float[Tensor, "*batch H"], w: Float[Tensor, "W H"], total: Tensor) -> Tensor:
+        ctx.save_for_backward(h, w)
+        ctx.total = total
+        return h @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Float[Tensor, "*batch W"]) -> tuple[Tensor, None, None]:
+        (h, w), [g] = ctx.saved_tensors, grads
+        ctx.total.addmm_(g.flatten(0, -2).T.to(ctx.total.dtype), h.flatten(0, -2).to(ctx.total.dtype))
+        return (g @ w.to(g.dtype)).to(h.dtype), None, None  # of other types under autocast
