@@ -54,7 +54,7 @@ def build(config: Config, folder: Path | None = None) -> Parts:
     """Check the recipe, then load its models. `folder` is the run's: a teacher that is paid keeps its answers there."""
     tokens, questions = check(config)
     method = method_of(config)
-    teacher = _load_teacher(config, tokens, folder or Path("runs") / config.name)
+    teacher = _load_teacher(config, method, tokens, folder or Path("runs") / config.name)
     if teacher is not None and teacher.offers < method.wants:
         raise ConfigError(
             f"{method.name} needs {NEEDS[method.wants]} of the teacher, but {teacher.name!r} shows only "
@@ -85,7 +85,7 @@ def build(config: Config, folder: Path | None = None) -> Parts:
     )
 
 
-def _load_teacher(config: Config, student: Tokens, folder: Path) -> HFTeacher | Asking | None:
+def _load_teacher(config: Config, method: Method, student: Tokens, folder: Path) -> HFTeacher | Asking | None:
     t = config.teacher
     if t is None:
         return None
@@ -94,7 +94,7 @@ def _load_teacher(config: Config, student: Tokens, folder: Path) -> HFTeacher | 
     loaded = models.load(t.path, dtype=t.dtype, device=device(t.device), eos=t.eos)
     how = Decoding(temperature=t.temperature, top_p=t.top_p, cells=t.batch_cells)
     # Hidden states are turned into log-probs in the loss, so that nobody else may ask for them before.
-    hides = config.select is None or config.select.by in ("entropy", "random")
+    hides = method.reads_hidden and (config.select is None or config.select.by in ("entropy", "random"))
     return HFTeacher(
         loaded, student, decoding=how, text_only=t.text_only, align=t.align, shuffled=t.shuffled, hides=hides
     )

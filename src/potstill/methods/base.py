@@ -63,6 +63,9 @@ class Method(BaseModel, ABC, frozen=True, extra="forbid"):
     """Whether `loss` is a sum over tokens, each with its own numbers alone. The learner then computes it on some tokens at
     a time, of whatever answers, as a batch of one answer [1, N]. False: it is always given whole answers."""
 
+    reads_hidden: ClassVar[bool] = False
+    """Whether `Feedback.hidden` will do in the place of `logp` where it wants FULL: H numbers a token instead of V."""
+
     @property
     def wants(self) -> Wants:
         """How much of the teacher the method needs to see."""

@@ -12,7 +12,7 @@ tokens and one bucket for all others, on both sides, so that it stays a divergen
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ class OPD(Method):
     """Full-vocabulary or top-k divergence to a teacher that shares the student's tokenizer, or is aligned to it."""
 
     name: Literal["opd"] = "opd"
+    reads_hidden: ClassVar[bool] = True
     beta: float = Field(0.5, ge=0, le=1)
     """0: forward KL, covers the teacher. 1: reverse KL, seeks its modes. Between: Jensen-Shannon."""
     top_k: int | None = Field(None, gt=0)
