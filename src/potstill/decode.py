@@ -15,7 +15,7 @@ forward pass, for all others and as the reference. In the latter, rows that shar
 the cache. A sliding window counts columns, so with such a model only rows that share equally much decode together.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,10 @@ class Written:
     """Tokens of the prefix that were read as part of the trunk."""
 
 
+Ended = Callable[[Row, Written], object]
+"""Is told of a row that is over, and what was written."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
     """How to draw a token. At temperature 1 and top_p 1 it is the model itself; temperature 0 takes the likeliest."""
@@ -81,10 +85,12 @@ def write(
     eos: Sequence[int],
     how: Decoding = Decoding(),
     fast: bool = True,
+    ended: Ended | None = None,
 ) -> list[Written]:
     """Continue every row until it ends or reaches its limit. Same seeds, same text, whatever the tiling.
 
-    `fast` off: by the model's own forward pass, even where `potstill.lean` knows the model.
+    `fast` off: by the model's own forward pass, even where `potstill.lean` knows the model. `ended` is called with each row
+    as soon as it is over, while others still are written.
     """
     if not rows:
         return []
@@ -101,7 +107,7 @@ def write(
             for tile in cut(rows, order, shared, how.cells, max(WIDE // vocab, 1), apart=apart, alike=narrow):
                 some, begun = [rows[i] for i in tile], [shared[i] for i in tile]
                 at = reader(model, lean, trunks, some, begun, vocab, apart)
-                out |= zip(tile, _Tile(at, some, begun, eos, how).run(), strict=True)
+                out |= zip(tile, _Tile(at, some, begun, eos, how, ended).run(), strict=True)
     finally:
         model.train(was_training)
     return [out[i] for i in range(len(rows))]
@@ -235,9 +241,16 @@ class _Tile:
     """Rows that decode together. Row r writes from step `first[r]` to step `last[r]`, and then leaves the batch."""
 
     def __init__(
-        self, reader: Cache | Modules, rows: Sequence[Row], shared: Sequence[int], eos: Sequence[int], how: Decoding
+        self,
+        reader: Cache | Modules,
+        rows: Sequence[Row],
+        shared: Sequence[int],
+        eos: Sequence[int],
+        how: Decoding,
+        ended: Ended | None,
     ):
         self.reader, self.rows, self.shared, self.eos, self.how = reader, rows, shared, set(eos), how
+        self.ended = ended
         self.pending = [r.prefix[s:] for r, s in zip(rows, shared, strict=True)]
         self.first = [len(p) - 1 for p in self.pending]
         self.last = [f + r.limit - 1 for f, r in zip(self.first, rows, strict=True)]
@@ -265,6 +278,8 @@ class _Tile:
                     over.add(at)
                     self.last[row] = step
                     self.finish[row] = "stop" if t in self.eos else "length"
+                    if self.ended:
+                        self.ended(self.rows[row], self._collect([row])[0])
             if len(over) * LEAVE >= len(alive):
                 keep = _closed(len(alive), over)
                 if not keep:
@@ -273,7 +288,7 @@ class _Tile:
                 at_ = torch.tensor(keep, device=token.device)
                 token, draws, alive, over, steps = token[at_], draws[:, at_], [alive[i] for i in keep], set(), []
                 self.said.append((alive, steps))
-        return self._collect()
+        return self._collect(range(len(self.rows)))
 
     def _given(self, step: int, alive: Sequence[int], token: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         """The rows' own beginnings, one token at each step, in place of what was drawn."""
@@ -285,24 +300,28 @@ class _Tile:
             token = token.index_copy(0, where, torch.tensor(list(given.values()), device=token.device))
         return token
 
-    def _collect(self) -> list[Written]:
-        size = (max(self.last) + 1, len(self.rows))
+    def _collect(self, rows: Sequence[int]) -> list[Written]:
+        """What these rows, which are over, came to."""
+        size = (max(self.last[r] for r in rows) + 1, len(rows))
         ids, logp, entropy = np.zeros(size, np.int64), np.zeros(size, np.float32), np.zeros(size, np.float32)
-        end = 0
+        column, end = {r: i for i, r in enumerate(rows)}, 0
         for alive, steps in self.said:
             start, end = end, end + len(steps)
-            said = [torch.stack(parts).cpu().numpy() for parts in zip(*steps, strict=True)]
-            ids[start:end, alive], logp[start:end, alive], entropy[start:end, alive] = said
-        spans = [slice(begin, end + 1) for begin, end in zip(self.first, self.last, strict=True)]
+            here = [(at, column[r]) for at, r in enumerate(alive) if r in column]
+            if not here:
+                break
+            at, into = map(list, zip(*here, strict=True))
+            said = [torch.stack(parts)[:, at].cpu().numpy() for parts in zip(*steps, strict=True)]
+            ids[start:end, into], logp[start:end, into], entropy[start:end, into] = said
         return [
             Written(
-                ids=tuple(ids[span, i].tolist()),
-                logp=tuple(logp[span, i].tolist()),
-                entropy=tuple(entropy[span, i].tolist()),
-                finish=self.finish[i],
-                shared=self.shared[i],
+                ids=tuple(ids[self.first[r] : self.last[r] + 1, i].tolist()),
+                logp=tuple(logp[self.first[r] : self.last[r] + 1, i].tolist()),
+                entropy=tuple(entropy[self.first[r] : self.last[r] + 1, i].tolist()),
+                finish=self.finish[r],
+                shared=self.shared[r],
             )
-            for i, span in enumerate(spans)
+            for i, r in enumerate(rows)
         ]
 
 

@@ -4,19 +4,23 @@
     write      y_n+1 by theta_n-1       y_n+2 by theta_n
     learn      theta_n from y_n         theta_n+1 from y_n+1         one update later than it was written
 
+A teacher that can, begins to answer questions about an answer as soon as it is written, while others still are.
+
 The first step, and each after a checkpoint, is written anew by the newest weights, so that a resumed run goes on as if it
 had not been interrupted there.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from potstill.build import Parts
 from potstill.config import Config
 from potstill.record import degenerate
 from potstill.samplers.ahead import AheadSampler
+from potstill.samplers.hf import HFSampler
 from potstill.seeds import derive
+from potstill.teachers.base import Expecting
 from potstill.types import Prompt, Rollout, Turn
 
 
@@ -63,20 +67,42 @@ class Writing:
         room = config.rollouts.horizon.at(step, limit) if config.rollouts.horizon else limit
         turn = Turn(seed=config.seed, step=step, done=done, max_tokens=room)
 
+        known: dict[tuple[str, int], Rollout] = {}
+
+        def judged(rollout: Rollout) -> Rollout:
+            if rollout.key not in known:
+                known[rollout.key] = self._judged(rollout, step - 1 - lag, cut=room < limit)
+            return known[rollout.key]
+
         async def written(prompts: Sequence[Prompt]) -> list[list[Rollout]]:
-            groups = await parts.sampler.sample(prompts, config.rollouts.group, turn)
-            return [[self._judged(r, step - 1 - lag, cut=room < limit) for r in group] for group in groups]
+            groups = await self._sampled(prompts, turn, judged)
+            return [[judged(r) for r in group] for group in groups]
 
         groups = await written(parts.task.draw(config.seed, step, config.rollouts.prompts))
         for again in range(config.rollouts.resample):
             alike = [i for i, group in enumerate(groups) if degenerate(group)]
-            known = {r.prompt.id for group in groups for r in group}
+            asked = {r.prompt.id for group in groups for r in group}
             fresh = parts.task.draw(derive(config.seed, "again", again), step, len(alike)) if alike else []
-            fresh = [p for p in fresh if p.id not in known]
+            fresh = [p for p in fresh if p.id not in asked]
             for i, group in zip(alike, await written(fresh) if fresh else (), strict=False):
                 dropped += groups[i]
                 groups[i] = group
         return Written(groups, dropped, lag)
+
+    async def _sampled(
+        self, prompts: Sequence[Prompt], turn: Turn, judged: Callable[[Rollout], Rollout]
+    ) -> list[list[Rollout]]:
+        """Where no answer can be replaced any more, the teacher hears of each as soon as it is over."""
+        config, parts, teacher = self.config, self.parts, self.parts.teacher
+        if config.rollouts.resample or not (
+            isinstance(teacher, Expecting) and isinstance(parts.sampler, HFSampler | AheadSampler)
+        ):
+            return await parts.sampler.sample(prompts, config.rollouts.group, turn)
+
+        def ended(rollout: Rollout) -> None:
+            teacher.expect([ask for ask in parts.method.asks(judged(rollout)) if ask.of == "teacher"])
+
+        return await parts.sampler.sample(prompts, config.rollouts.group, turn, ended=ended)
 
     def _judged(self, rollout: Rollout, version: int, *, cut: bool) -> Rollout:
         """With its verdict, where its prompt has an answer to compare with and the answer was not cut short on purpose."""

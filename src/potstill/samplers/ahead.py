@@ -1,6 +1,5 @@
 """The student of a moment ago, writing in a thread of its own while the learner moves on."""
 
-import asyncio
 import copy
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import torch
 
 from potstill.decode import Decoding
 from potstill.models import Loaded
-from potstill.samplers.hf import HFSampler
+from potstill.samplers.hf import HFSampler, Told
 from potstill.types import Prompt, Rollout, Turn
 
 
@@ -26,12 +25,8 @@ class AheadSampler:
         for name, mine in self._copy.model.state_dict().items():
             mine.copy_(theirs[name])
 
-    async def sample(self, prompts: Sequence[Prompt], n: int, turn: Turn) -> list[list[Rollout]]:
-        """`n` answers to each prompt, by the student as it was kept."""
-        threads = torch.get_num_threads()
-
-        def write() -> list[list[Rollout]]:
-            torch.set_num_threads(threads)  # each thread has its own number
-            return asyncio.run(self._inner.sample(prompts, n, turn))
-
-        return await asyncio.to_thread(write)
+    async def sample(
+        self, prompts: Sequence[Prompt], n: int, turn: Turn, *, ended: Told | None = None
+    ) -> list[list[Rollout]]:
+        """`n` answers to each prompt, by the student as it was kept. `ended` as in `HFSampler`."""
+        return await self._inner.sample(prompts, n, turn, ended=ended or (lambda r: None))

@@ -1,7 +1,10 @@
 """Rollouts by a Hugging Face model in this process: the student, or the teacher writing for it."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import torch
 
 from potstill import chat
 from potstill.decode import Decoding, Row, Written, write
@@ -9,6 +12,9 @@ from potstill.errors import DataError
 from potstill.models import Loaded, Tokens, same_tokenizer, written_ids
 from potstill.seeds import derive
 from potstill.types import Author, Prompt, Rollout, Turn, Usage
+
+Told = Callable[[Rollout], object]
+"""Is told of an answer that is over."""
 
 
 class HFSampler:
@@ -21,12 +27,37 @@ class HFSampler:
         self.loaded, self.how = loaded, decoding
 
     async def sample(
-        self, prompts: Sequence[Prompt], n: int, turn: Turn, *, guides: Sequence[tuple[int, ...]] = ()
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        turn: Turn,
+        *,
+        guides: Sequence[tuple[int, ...]] = (),
+        ended: Told | None = None,
     ) -> list[list[Rollout]]:
         """`n` answers to each prompt. Raises DataError for a prompt that leaves no room for an answer.
 
-        With `guides`, one per prompt, every answer starts with these tokens, which this model did not choose.
+        With `guides`, one per prompt, every answer starts with these tokens, which this model did not choose. With `ended`
+        a thread writes, and meanwhile this event loop calls `ended` with each answer as soon as it is over.
         """
+        if ended is None:
+            return self._written(prompts, n, turn, guides, None)
+        loop, threads = asyncio.get_running_loop(), torch.get_num_threads()
+
+        def write() -> list[list[Rollout]]:
+            torch.set_num_threads(threads)  # each thread has its own number
+            return self._written(prompts, n, turn, guides, lambda r: loop.call_soon_threadsafe(ended, r))
+
+        return await asyncio.to_thread(write)
+
+    def _written(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        turn: Turn,
+        guides: Sequence[tuple[int, ...]],
+        ended: Told | None,
+    ) -> list[list[Rollout]]:
         tokens = self.loaded.tokens
         guides = guides or [()] * len(prompts)
         asked = [prompt_within(tokens, p, turn.max_tokens) for p in prompts]
@@ -37,11 +68,23 @@ class HFSampler:
             for t, trunk in enumerate(trunks)
             for s in seeds[t]
         ]
-        written = iter(write(self.loaded.model, trunks, rows, vocab=tokens.vocab, eos=tokens.eos, how=self.how))
-        return [
-            [self._rollout(p, i, asked[t], guides[t], next(written), seeds[t][i]) for i in range(n)]
-            for t, p in enumerate(prompts)
-        ]
+        place = {id(row): divmod(i, n) for i, row in enumerate(rows)}
+
+        def rollout(row: Row, w: Written) -> Rollout:
+            t, i = place[id(row)]
+            return self._rollout(prompts[t], i, asked[t], guides[t], w, row.seed)
+
+        written = write(
+            self.loaded.model,
+            trunks,
+            rows,
+            vocab=tokens.vocab,
+            eos=tokens.eos,
+            how=self.how,
+            ended=(lambda row, w: ended(rollout(row, w))) if ended else None,
+        )
+        done = iter(map(rollout, rows, written))
+        return [[next(done) for _ in range(n)] for _ in prompts]
 
     def _rollout(
         self, prompt: Prompt, sample: int, asked: tuple[int, ...], guide: tuple[int, ...], w: Written, seed: int

@@ -3,20 +3,22 @@
 A question is answered by draws 0, 1, 2, ...; each draw is asked for once, ever. The answer is the first n draws that can
 be used; a draw that cannot (a refusal, an echo) is replaced by the next one, as often as `redraws` allows. A question
 that still lacks some goes unanswered: its record is left out and counted, never filled up.
+
+Whoever knows of a question before it is time to ask can say so (`expect`): what comes waits in the ledger.
 """
 
 import asyncio
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from potstill import chat
-from potstill.errors import BudgetEnded, TeacherError
+from potstill.errors import BudgetEnded, PotstillError, TeacherError
 from potstill.ledger import Answer, Ledger, Question
 from potstill.models import Tokens, written_ids
 from potstill.seeds import derive
@@ -95,6 +97,10 @@ class Asking:
         self.notes: Counter[str] = Counter()
         """accepted, repaired: ..., rejected: ..., unanswered; since the start of the process."""
         self.ended = ""
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._begun = set[asyncio.Task[None]]()
+        self._stack = AsyncExitStack()
+        self._opened: asyncio.Task[Line | None] | None = None
 
     @property
     def offers(self) -> Wants:
@@ -114,6 +120,32 @@ class Asking:
         """Open for the requests of one step."""
         yield None
 
+    def _joined(self) -> asyncio.Task[Line | None]:
+        """One line for all who ask in a step."""
+        if self._opened is None:
+            self._opened = asyncio.create_task(self._stack.enter_async_context(self.line()))
+        return self._opened
+
+    async def _leave(self) -> None:
+        """Hang up, unless questions of the next step are under way."""
+        if not self._begun:
+            stack, self._stack, self._opened = self._stack, AsyncExitStack(), None
+            self._locks.clear()
+            await stack.aclose()
+
+    def expect(self, asks: Sequence[Ask]) -> None:
+        """Begin with questions about one rollout that `feedback` will be asked soon. Problems come up again then."""
+        if self.asks and asks:
+            task = asyncio.create_task(self._begin(asks))
+            self._begun.add(task)
+            task.add_done_callback(self._begun.discard)
+
+    async def _begin(self, asks: Sequence[Ask]) -> None:
+        with suppress(PotstillError):
+            line = await self._joined()
+            for ask in sorted(asks, key=lambda a: a.start):
+                await self._drawn(line, self.prepare(ask))
+
     async def feedback(self, asks: Sequence[Ask]) -> list[Feedback]:
         """One answer per question that got one, in the order of the questions.
 
@@ -127,16 +159,18 @@ class Asking:
         about: dict[Any, list[Ask]] = defaultdict(list)
         for ask in asks:
             about[ask.view.id, *ask.rollout.key].append(ask)
-        locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         said: dict[int, Feedback] = {}
-        async with self.line() as line:
 
-            async def in_order(mine: Sequence[Ask]) -> None:
-                for ask in sorted(mine, key=lambda a: a.start):
-                    if (answer := await self._one(line, ask, locks)) is not None:
-                        said[id(ask)] = answer
+        async def in_order(line: Line | None, mine: Sequence[Ask]) -> None:
+            for ask in sorted(mine, key=lambda a: a.start):
+                if (answer := await self._one(line, ask)) is not None:
+                    said[id(ask)] = answer
 
-            done = await asyncio.gather(*(in_order(mine) for mine in about.values()), return_exceptions=True)
+        try:
+            line = await self._joined()
+            done = await asyncio.gather(*(in_order(line, mine) for mine in about.values()), return_exceptions=True)
+        finally:
+            await self._leave()
         if self.asks:
             self.ledger.settle()
         complete = [said[id(ask)] for ask in asks if id(ask) in said]
@@ -163,20 +197,29 @@ class Asking:
                 f"{self.advice}"
             )
 
-    async def _one(self, line: Line | None, ask: Ask, locks: Mapping[str, asyncio.Lock]) -> Feedback | None:
-        prepared = self.prepare(ask)
-        key = prepared.question.key
-        n = ask.first + ask.n if ask.wants is Wants.TEXT else 1
-        limit = n * (1 + self.redraws) if ask.wants is Wants.TEXT else 1
-        async with locks[key]:  # two rollouts may have come to the same prefix; it is paid for once
+    async def _drawn(self, line: Line | None, prepared: Prepared) -> tuple[list[Answer], list[tuple[Answer, str]]]:
+        """The draws of a question, asked for where they are missing; and those that can be used, with their text."""
+        key, n, limit = prepared.question.key, *self._draws(prepared.ask)
+        async with self._locks[key]:  # two rollouts may have come to the same prefix; it is paid for once
             while True:
                 known = self.ledger.answers(key)
                 drawn = [known[d] for d in range(limit) if d in known]
                 good = [(a, text) for a in drawn if (text := self._text(prepared, a)) is not None][:n]
                 wanted = [d for d in range(limit) if d not in known][: n - len(good)]
                 if not wanted or not self.asks:
-                    break
+                    return drawn, good
                 await self.fetch(line, prepared, wanted)
+
+    def _draws(self, ask: Ask) -> tuple[int, int]:
+        """How many are needed, and how many are made for them at most."""
+        if ask.wants is not Wants.TEXT:
+            return 1, 1
+        n = ask.first + ask.n
+        return n, n * (1 + self.redraws)
+
+    async def _one(self, line: Line | None, ask: Ask) -> Feedback | None:
+        prepared, (n, limit) = self.prepare(ask), self._draws(ask)
+        drawn, good = await self._drawn(line, prepared)
         if ask.wants is not Wants.TEXT:
             return self._feedback(prepared, good) if good else None
         past = good[ask.first - 1][0].draw if 0 < ask.first <= len(good) else -1

@@ -28,3 +28,12 @@ class Teacher(Protocol):
         A teacher that only writes may leave questions unanswered; scores are never left out.
         """
         ...
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    """A teacher whose answers take time, but not this machine's."""
+
+    def expect(self, asks: Sequence[Ask]) -> None:
+        """Begin with questions that `feedback` will be asked soon."""
+        ...
