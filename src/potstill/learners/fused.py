@@ -6,9 +6,11 @@ With S = softmax(z), m = beta T + (1 - beta) S and D as in `potstill.divergence`
     beta = 1   D = KL(S || T)                                  dD/dz = S (log S - log T - D)
     between    D = beta KL(T || m) + (1 - beta) KL(S || m)     dD/dz = (1 - beta) S (log S - log m - KL(S || m))
 
-`divergence.jsd` is the definition; this is held to it. The student gives every token some probability, the teacher may not.
+`divergence.jsd` is the definition; this is held to it, and so is `kernel`, which does the same on CUDA. The student gives every
+token some probability, the teacher may not.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
+TRITON = find_spec("triton") is not None
 
 
 class _Matched(torch.autograd.Function):
@@ -27,6 +30,11 @@ class _Matched(torch.autograd.Function):
         teacher_logp: Float[Tensor, "*batch V"],
         beta: float,
     ) -> Float[Tensor, "*batch"]:
+        if logp.is_cuda and logp.dtype == torch.float32 and TRITON:
+            from potstill.learners import kernel
+
+            value, ctx.gradient = kernel.matched(logp, teacher_logp, beta)
+            return value
         s = logp.exp()
         if beta == 1:
             gap = (logp - teacher_logp).mul_(s)
