@@ -151,7 +151,8 @@ class Rollouts(Part):
     """How often other prompts take the place of those whose answers all score alike (DAPO's dynamic sampling)."""
     ahead: bool = False
     """Write the answers of the next step while this one is learnt from, on a copy of the student. They are then one update
-    old. Token credit corrects for it by its ratio, omniopd by `max_ratio`; opd and dagger learn at the older one's answers."""
+    old. Token credit corrects for it by its ratio, omniopd by `max_ratio`; opd and dagger learn at the older one's answers.
+    What Ctrl-C leaves unread is written anew by --resume."""
     batch_cells: int = Field(65_536, gt=0)
     """Rows times tokens held in the student's cache at once: the bound on memory."""
 

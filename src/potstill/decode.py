@@ -17,6 +17,7 @@ the cache. A sliding window counts columns, so with such a model only rows that 
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,8 @@ class Written:
     """Tokens of the prefix that were read as part of the trunk."""
 
 
-Ended = Callable[[Row, Written], object]
-"""Is told of a row that is over, and what was written."""
+Ended = Callable[[Row, Callable[[], Written]], object]
+"""Is told of a row that is over, and where to get what was written; what it raises ends all writing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +280,7 @@ class _Tile:
                     self.last[row] = step
                     self.finish[row] = "stop" if t in self.eos else "length"
                     if self.ended:
-                        self.ended(self.rows[row], self._collect([row])[0])
+                        self.ended(self.rows[row], partial(self._one, row))
             if len(over) * LEAVE >= len(alive):
                 keep = _closed(len(alive), over)
                 if not keep:
@@ -299,6 +300,9 @@ class _Tile:
             where = torch.tensor(list(given), device=token.device)
             token = token.index_copy(0, where, torch.tensor(list(given.values()), device=token.device))
         return token
+
+    def _one(self, row: int) -> Written:
+        return self._collect([row])[0]
 
     def _collect(self, rows: Sequence[int]) -> list[Written]:
         """What these rows, which are over, came to."""

@@ -47,6 +47,8 @@ def known(model: Any) -> bool:
             return False
     if not type(model).__name__.endswith("ForCausalLM") or model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
         return False  # the latter turn by other angles once a sequence is long
+    if model.lm_head.bias is not None:
+        return False
     one = {(p.dtype, p.device) for p in model.parameters()}
     return len(one) == 1 and model.dtype.is_floating_point and model.device.type != "meta"
 

@@ -62,7 +62,10 @@ LOGGED: dict[str, tuple[str, str]] = {
     "overlap/teacher": ("share", "opd: the teacher's probability on them."),
     "entropy_gap": ("nats", "opd: mean |H(student) - H(teacher)|."),
     "divergence": ("nats/token", "opd: the divergence of teacher and student on the student's tokens; its loss."),
-    "teacher_kl": ("nats/token", "Mean log pi_old - log pi_T on sampled tokens: estimates KL(student || teacher)."),
+    "teacher_kl": (
+        "nats/token",
+        "Mean log pi_old - log pi_T on sampled tokens: estimates KL(student || teacher). opd without top_k: trained ones.",
+    ),
     "aligned": ("share", "Tokens of which the view of a teacher with another tokenizer is known (`teacher.align`)."),
     "ratio_max": ("", "Largest importance ratio pi_theta / pi_old on a sampled token, before the clip."),
     "ratio_outside": ("share", "Trained tokens whose ratio lies outside the clip: the tails."),
@@ -98,7 +101,10 @@ LOGGED: dict[str, tuple[str, str]] = {
         "questions",
         "Chunks or prompts with too few texts to use; what they cost is in the ledger alone.",
     ),
-    "time/sample": ("CPU s", "Spent on rollouts this step."),
+    "time/sample": (
+        "CPU s",
+        "Spent on rollouts this step; with rollouts.ahead counted where the step before has got to meanwhile.",
+    ),
     "time/teacher": ("CPU s", "Spent on the teacher this step, if it runs in this process."),
     "time/learn": ("CPU s", "Spent on loss, gradient and optimiser this step."),
     "time/geometry": ("CPU s", "Spent on recording where the weights went this step; no part of `cpu_s`."),

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,32 +74,35 @@ async def _train(config: Config, parts: Parts, run: Run, stop: Stop, watch: Watc
         step, folder = latest
         parts.learner.restore(folder)
     run.rewind(step)
-    spent, writing = Spent(config, run.metrics), Writing(config, parts)
+    spent = Spent(config, run.metrics)
     if step == 0:
         await _evaluate(config, parts, run, 0, spent, watch)
         if stop.asked:
             raise Interrupted(f"interrupted before the first step of {run.path}. Go on with --resume")
-    while spent.share < 1:
-        step += 1
-        row, targets = await _step(config, parts, writing, step, spent)
-        if not targets:  # the teacher's budget ended before a single answer: the step before was the last
-            await _close(config, parts, run, step - 1, spent, watch)
-            break
-        last = spent.share >= 1
-        if parts.recorder:
-            row |= parts.recorder.keep(run, step, last=last, cpu_s=spent.cpu_s)
-        run.append("metrics", row)
-        if watch:
-            watch.step(row)
-        if step % config.save.rollouts_every == 0 or step == 1 or last:
-            kept = targets[: config.save.rollouts]
-            run.keep_rollouts(step, [describe(t, step, parts.method.told(t)) for t in kept])
-        if step % config.eval.every == 0 or last:
-            await _evaluate(config, parts, run, step, spent, watch)
-        if saved(config, step) or last or stop.asked:
-            run.checkpoint(step, parts.learner.save, config.save.keep)
-        if stop.asked and not last:
-            raise Interrupted(f"interrupted after step {step}, which is saved in {run.path}. Go on with --resume")
+    async with aclosing(Writing(config, parts)) as writing:
+        while spent.share < 1:
+            step += 1
+            row, targets = await _step(config, parts, writing, step, spent)
+            if not targets:  # the teacher's budget ended before a single answer: the step before was the last
+                await _close(config, parts, run, step - 1, spent, watch)
+                break
+            if last := spent.share >= 1:
+                await writing.aclose()
+            if parts.recorder:
+                row |= parts.recorder.keep(run, step, last=last, cpu_s=spent.cpu_s)
+            run.append("metrics", row)
+            if watch:
+                watch.step(row)
+            if step % config.save.rollouts_every == 0 or step == 1 or last:
+                kept = targets[: config.save.rollouts]
+                run.keep_rollouts(step, [describe(t, step, parts.method.told(t)) for t in kept])
+            kept, targets = [], []  # nothing of what the teacher said is held during the next step
+            if step % config.eval.every == 0 or last:
+                await _evaluate(config, parts, run, step, spent, watch)
+            if saved(config, step) or last or stop.asked:
+                run.checkpoint(step, parts.learner.save, config.save.keep)
+            if stop.asked and not last:
+                raise Interrupted(f"interrupted after step {step}, which is saved in {run.path}. Go on with --resume")
     run.finish(spent.summary())
 
 
@@ -150,6 +154,8 @@ async def _step(config: Config, parts: Parts, writing: Writing, step: int, spent
     if config.select:
         targets = select(targets, config.select.by, config.select.keep, config.select.over)
     learnt = parts.learner.step(targets, method, step, spent.share)
+    if parts.recorder or step % config.eval.every == 0:
+        await writing.settle()
     ended = time.process_time()
     lost = sum(len(r.response_ids) for r in dropped)
     row = {"step": step, "dropped": lost, **learnt, **info_means(targets)}

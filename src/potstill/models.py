@@ -6,6 +6,9 @@ padding, and are cut off wherever logits are used, so that models padded to diff
 """
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,26 @@ def _eos(path: str, where: str, tokenizer: Any, names: tuple[str, ...] | None) -
     return known
 
 
+@contextmanager
+def adapting() -> Iterator[None]:
+    """Without peft's warning that merging an adapter on one end of a tied model is not simple: `merge` sees to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        yield
+
+
+def merge(adapted: Any) -> Any:
+    """A model with its adapter added to its weights. What one matrix did for both ends is two, if only one end changes."""
+    plain = adapted.get_base_model()
+    ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
+    at_an_end = any(hasattr(end, "base_layer") for end in ends)
+    inner = [getattr(end, "base_layer", end) for end in ends]
+    if at_an_end and inner[0].weight is inner[1].weight:
+        inner[1].weight = torch.nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)
+        plain.config.get_text_config().tie_word_embeddings = plain.config.tie_word_embeddings = False
+    return adapted.merge_and_unload()
+
+
 def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple[str, ...] | None = None) -> Loaded:
     """A model in evaluation mode, gradients off. Raises ModelError."""
     tokens = load_tokens(path, eos)
@@ -146,7 +169,8 @@ def load(path: str, *, dtype: DType = "float32", device: str = "cpu", eos: tuple
         if base:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(load(base, dtype=dtype).model, where).merge_and_unload()
+            with adapting():
+                model = merge(PeftModel.from_pretrained(load(base, dtype=dtype).model, where))
         else:
             model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **gguf)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

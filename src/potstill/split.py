@@ -69,24 +69,32 @@ class Split:
 
     body: Any
     head: Head
+    alone: bool = False
+    """Whether the angles of positions depend on the longest text that is read, so that each is read by itself."""
 
     @classmethod
-    def of(cls, model: Any, vocab: int) -> "Split | None":
-        """The parts of a model; None if it is no such pair, or cannot read packed texts: tried on a few tokens."""
+    def of(cls, model: Any, vocab: int, *, packed: bool = False) -> "Split | None":
+        """The parts of a model; None if it is no such pair, or cannot read texts together, or packed: tried on a few tokens."""
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         config, output = plain.config.get_text_config(), plain.get_output_embeddings()
         if plain.base_model is plain or output is None:
             return None
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        split = cls(plain.base_model, Head(output, vocab, scale, getattr(config, "final_logit_softcapping", None)))
-        return split if split._agrees(model) else None
+        head = Head(output, vocab, scale, getattr(config, "final_logit_softcapping", None))
+        turns = str(
+            [getattr(m, "rope_type", "") for m in plain.base_model.modules()]
+        )  # a name, or one for each kind of layer
+        split = cls(plain.base_model, head, alone="dynamic" in turns or "longrope" in turns)
+        if packed and split.alone:
+            return None
+        return split if all(split._agrees(model, packed=way) for way in {False, packed}) else None
 
     def hidden(self, texts: Sequence[Text], *, packed: bool = False) -> Float[Tensor, "N H"]:
         """The wanted hidden states of all texts, one text behind the other."""
         if packed:
             return torch.cat([self._packed(part) for part in rows(texts, PACKED)])
         found: dict[int, Float[Tensor, "n H"]] = {}
-        for part in rectangles([len(t.ids) for t in texts]):
+        for part in [[i] for i in range(len(texts))] if self.alone else rectangles([len(t.ids) for t in texts]):
             found |= zip(part, self._padded([texts[i] for i in part]), strict=True)
         return torch.cat([found[i] for i in range(len(texts))])
 
@@ -108,17 +116,17 @@ class Split:
         return out.last_hidden_state
 
     @torch.no_grad()
-    def _agrees(self, model: Any) -> bool:
-        """Whether texts that are read together, either way, get the logits that each gets alone."""
+    def _agrees(self, model: Any, *, packed: bool) -> bool:
+        """Whether texts that are read together get the logits that each gets alone."""
         texts = [[1 + (7 * i) % (self.head.vocab - 1) for i in range(a, b)] for a, b in ((0, 3), (3, 8))]
         try:
-            got = [self.head(self.hidden([Text(t) for t in texts], packed=packed)) for packed in (False, True)]
+            got = self.head(self.hidden([Text(t) for t in texts], packed=packed))
         except (TypeError, ValueError, AttributeError, IndexError):  # a model of another kind
             return False
-        alone = [model(input_ids=torch.tensor([t], device=got[0].device), use_cache=False).logits[0] for t in texts]
+        alone = [model(input_ids=torch.tensor([t], device=got.device), use_cache=False).logits[0] for t in texts]
         want = torch.cat(alone)[:, : self.head.vocab].float()
         close = 1e-4 if self.head.module.weight.dtype == torch.float32 else 3e-2
-        return all(bool((z - want).abs().max() <= close * want.abs().max()) for z in got)
+        return bool((got - want).abs().max() <= close * want.abs().max())
 
 
 def rectangles(lengths: Sequence[int]) -> list[list[int]]:

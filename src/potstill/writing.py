@@ -4,10 +4,10 @@
     write      y_n+1 by theta_n-1       y_n+2 by theta_n
     learn      theta_n from y_n         theta_n+1 from y_n+1         one update later than it was written
 
-A teacher that can, begins to answer questions about an answer as soon as it is written, while others still are.
+The first step, and each after a checkpoint, is written anew by the newest weights, so that a run that crashed goes on as if
+it had not. One that was stopped by Ctrl-C does not: its last step has a checkpoint of its own, and the next is written anew.
 
-The first step, and each after a checkpoint, is written anew by the newest weights, so that a resumed run goes on as if it
-had not been interrupted there.
+If not written ahead, answers that are over are told to a teacher that can begin with them while others are still written.
 """
 
 import asyncio
@@ -59,6 +59,19 @@ class Writing:
             self._coming = asyncio.create_task(self._write(step, done, lag=1))
             await asyncio.sleep(0)  # let it start: the learner does not wait for anything
 
+    async def settle(self) -> None:
+        """Let what is being written for the next step come to its end: its time is not that of what follows."""
+        if self._coming is not None:
+            await asyncio.wait([self._coming])
+
+    async def aclose(self) -> None:
+        """Give up what is being written and asked."""
+        if self._coming is not None:
+            self._coming.cancel()
+            self._coming = None
+        if isinstance(self.parts.teacher, Expecting):
+            await self.parts.teacher.forget()
+
     async def _write(self, step: int, done: float, *, lag: int) -> Written:
         """Groups whose answers all score alike are replaced by those of other prompts, as often as allowed."""
         config, parts = self.config, self.parts
@@ -94,9 +107,7 @@ class Writing:
     ) -> list[list[Rollout]]:
         """Where no answer can be replaced any more, the teacher hears of each as soon as it is over."""
         config, parts, teacher = self.config, self.parts, self.parts.teacher
-        if config.rollouts.resample or not (
-            isinstance(teacher, Expecting) and isinstance(parts.sampler, HFSampler | AheadSampler)
-        ):
+        if config.rollouts.resample or not (isinstance(teacher, Expecting) and isinstance(parts.sampler, HFSampler)):
             return await parts.sampler.sample(prompts, config.rollouts.group, turn)
 
         def ended(rollout: Rollout) -> None:

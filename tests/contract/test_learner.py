@@ -374,6 +374,23 @@ def test_lora_moves_the_adapter_only_and_saves_both_forms(tmp_path: Path) -> Non
     assert torch.equal(by.model(input_ids=ids).logits, want)  # saving did not merge the model that goes on training
 
 
+@pytest.mark.parametrize("modules", [("lm_head", "q_proj"), ("embed_tokens",)])
+def test_an_adapter_on_one_end_of_a_tied_model_is_saved_as_it_is(modules: tuple[str, ...], tmp_path: Path) -> None:
+    base, ids = tiny.loaded("qwen2"), torch.tensor([[5, 9, 30, 7]])
+    assert base.model.config.tie_word_embeddings
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokens.tokenizer.save_pretrained(tmp_path / "base")
+    by = learner(models.load(str(tmp_path / "base")), LoRA(rank=4, modules=modules), lr=0.05)
+    moved_away(by)
+    with torch.no_grad():
+        want = by.model(input_ids=ids).logits
+    by.save(tmp_path / "out")
+    for folder in ("out", "out/adapter"):
+        with torch.no_grad():
+            got = models.load(str(tmp_path / folder)).model(input_ids=ids).logits
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
 def test_one_seed_gives_one_adapter() -> None:
     a, b = (learner(lora=LoRA(rank=4)) for _ in range(2))
     assert equal(weights(a), weights(b))

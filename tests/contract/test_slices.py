@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,15 +19,18 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from potstill import split as splitting
 from potstill.batch import collate, read_tokens
-from potstill.config import LoRA
+from potstill.config import Learner, LoRA
 from potstill.decode import Decoding
 from potstill.learners.local import LocalLearner
 from potstill.methods.base import Method
 from potstill.methods.opd import OPD
+from potstill.methods.sft import SFT
 from potstill.models import Loaded
 from potstill.split import CALL, Split, Text, rectangles, rows
 from potstill.teachers.hf import HFTeacher
@@ -161,6 +165,51 @@ def test_nothing_to_learn_is_a_gradient_of_nothing() -> None:
     assert seen["loss"] == 0
 
 
+class Referring(OPD):
+    """Uses the reference, and does not say so."""
+
+    def loss(self, policy: Any, batch: Any) -> Any:
+        return (policy.logp(batch.labels) - policy.reference.logp(batch.labels)).sum(), {}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_reference_that_was_not_declared_is_none(whole: bool) -> None:
+    by = LocalLearner(tiny.loaded(), Learner(), steps=2, seed=0, reference=False, lora=None)
+    by.split = None if whole else by.split
+    with pytest.raises(AssertionError, match="did not declare"):
+        by._backward(targets(OPD()), Referring())
+
+
+def test_the_reference_reads_only_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Split] = []
+    hidden = Split.hidden
+    monkeypatch.setattr(Split, "hidden", lambda self, *a, **k: (read.append(self), hidden(self, *a, **k))[1])
+    by = shifted(model("llama"), lora=LoRA(rank=4))
+    for method, times in ((METHODS["opd"], 1), (METHODS["omniopd"], 2)):
+        read.clear()
+        by._backward(targets(method), method)
+        assert len(read) == times
+
+
+@pytest.mark.parametrize("texts", [["the cat", "", "It is 42."], ["", "the cat"], ["", ""]])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_answer_of_nothing_moves_nobody(texts: list[str], packed: bool) -> None:
+    of = {t.rollout.prompt.id: t for t in targets(SFT(), [t for t in texts if t])}
+    some = list(of.values())
+    batch = [of[text] if text else nothing() for text in texts]
+    row = gradients(shifted(model("llama"), packed=packed), SFT(), batch)
+    want = gradients(shifted(model("llama"), packed=packed), SFT(), some) if some else ({}, {"loss": 0.0})
+    assert row[1]["loss"] == pytest.approx(want[1]["loss"])
+    assert row[0].keys() == want[0].keys()
+    for name, got in row[0].items():
+        torch.testing.assert_close(got, want[0][name])
+
+
+def nothing() -> Target:
+    rollout = replace(tiny.rollout(STUDENT, "4"), response_ids=(), pieces=(), old_logp=(), entropy=())
+    return Target(source=Reviewed(rollout=rollout), weight=torch.zeros(0))
+
+
 # --- the two parts ---------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +245,26 @@ def test_hidden_states_do_not_depend_on_what_is_read_beside_them(kind: str, pack
     alone = torch.cat([split.hidden([t]) for t in texts])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     assert len(together) == sum(len(t.ids) - t.start for t in texts)
+
+
+def test_texts_whose_angles_depend_on_the_longest_are_read_one_by_one() -> None:
+    turns = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        **WIDE,
+        original_max_position_embeddings=8,
+        max_position_embeddings=64,
+        rope_parameters=turns | {"original_max_position_embeddings": 8},
+        pad_token_id=0,
+    )
+    made = Phi3ForCausalLM(config).eval()
+    split = Split.of(made, STUDENT.vocab)
+    assert split is not None
+    assert Split.of(made, STUDENT.vocab, packed=True) is None
+    short, long = Text(range(1, 7)), Text(range(1, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(split.hidden([short, long])[:6], split.hidden([short]))
+        crowded = replace(split, alone=False)
+        assert (crowded.hidden([short, long])[:6] - split.hidden([short])).abs().max() > 0.1
 
 
 def test_rectangles_hold_every_text_and_cost_the_least() -> None:
@@ -237,12 +306,12 @@ def test_a_teacher_of_hidden_states_teaches_what_its_log_probs_do(method: OPD) -
     for name, got in told[True][0].items():
         torch.testing.assert_close(got, told[False][0][name], atol=1e-5, rtol=1e-4)
     hidden, full = told[True], told[False]
-    kl = torch.cat([t.info["teacher_kl"] for t in full[2]])
-    assert hidden[1].pop("teacher_kl") == pytest.approx(kl.mean().item(), rel=1e-4)
     assert hidden[1] == pytest.approx(full[1], rel=1e-4)
-    for a, b in zip(hidden[2], full[2], strict=True):
-        torch.testing.assert_close(method.told(a)["teacher_kl"], b.info["teacher_kl"], atol=1e-4, rtol=1e-4)
-        assert not method.told(b)
+    kl = [method.told(t)["teacher_kl"] for t in full[2]]
+    assert hidden[1]["teacher_kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    for t, want in zip(hidden[2], kl, strict=True):
+        torch.testing.assert_close(method.told(t)["teacher_kl"], want, atol=1e-4, rtol=1e-4)
+        assert not t.info
 
 
 def test_the_batch_makes_distributions_of_hidden_states() -> None:

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,10 +18,10 @@ from potstill.config import Learner as LearnerConfig
 from potstill.config import LoRA, Projection
 from potstill.errors import CheckpointError, ConfigError, TrainingError
 from potstill.learners.policy import Context, LocalPolicy
-from potstill.learners.slices import Slices
+from potstill.learners.slices import Initial, Slices
 from potstill.learners.subspace import Subspace, second_moments
 from potstill.methods.base import Method, Metrics
-from potstill.models import Loaded
+from potstill.models import Loaded, adapting, merge
 from potstill.seeds import derive
 from potstill.split import Split
 from potstill.types import Batch, Target
@@ -54,8 +56,8 @@ class LocalLearner:
             self._base = contextlib.nullcontext
             self.model.requires_grad_(True)
         self.subspace = Subspace(projection, self.model, seed) if projection else None
-        self.split = Split.of(self.model, self.tokens.vocab)
-        self._frozen_split = Split.of(self._initial, self.tokens.vocab) if self._initial is not None else None
+        self.split = Split.of(self.model, self.tokens.vocab, packed=config.packed)
+        self._start = self._initial_parts()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -85,7 +87,6 @@ class LocalLearner:
 
         Raises TrainingError when loss or gradient is not a number.
         """
-        torch.manual_seed(derive(self.seed, step, "dropout"))
         rate, rows = self.rate(step, done), []
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -93,6 +94,7 @@ class LocalLearner:
             self._confine(targets)
         terms = method.terms(targets, step)
         compared = self._cosine(*terms, method) if terms else {}
+        torch.manual_seed(derive(self.seed, step, "dropout"))
         for update in range(self.config.updates):
             rows.append(self._gradient(targets, method, step, update))
             self._step()
@@ -174,9 +176,7 @@ class LocalLearner:
         if method.per_token and self.split:
             with self._autocast():
                 slices = Slices(self.split, batch, packed=self.config.packed)
-                if self._initial is not None and self._frozen_split:
-                    slices.refer(self._frozen_split, self._as_reference)
-            yield from slices.backward(method, self._autocast)
+            yield from slices.backward(method, self._autocast, self._start)
             return
         with self._autocast():
             loss, seen = method.loss(self.policy(batch), batch)
@@ -201,8 +201,18 @@ class LocalLearner:
 
     def policy(self, batch: Batch) -> LocalPolicy:
         """The student's view of a batch, with the reference's behind it."""
-        frozen = LocalPolicy(self._initial, self.tokens.vocab, batch, around=self._as_reference)
-        return LocalPolicy(self.model, self.tokens.vocab, batch, frozen=frozen)
+        frozen = partial(LocalPolicy, self._initial, self.tokens.vocab, batch, around=self._as_reference)
+        return LocalPolicy(self.model, self.tokens.vocab, batch, reference=None if self._initial is None else frozen)
+
+    def _initial_parts(self) -> Initial | None:
+        split = None
+        if self._initial is not None:
+            split = Split.of(self._initial, self.tokens.vocab, packed=self.config.packed)
+        if split is None:
+            return None
+        # An adapter on the output layer is stepped around once and for all: to switch all of them off takes milliseconds.
+        plain = getattr(split.head.module, "base_layer", split.head.module)
+        return Initial(replace(split, head=replace(split.head, module=plain)), self._base)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -214,10 +224,10 @@ class LocalLearner:
         """The model in Hugging Face format with its tokenizer, and all that a resumed run needs (trainer.pt)."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
         if self.lora:
-            self.model.save_pretrained(folder / "adapter")
+            self.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
             self.tokens.tokenizer.save_pretrained(folder / "adapter")
             state["adapter"] = {k: v for k, v in self.model.state_dict().items() if "lora_" in k}
-            merged = copy.deepcopy(self.model).merge_and_unload()
+            merged = merge(copy.deepcopy(self.model))
         else:
             merged = self.model
         if self.subspace:
@@ -286,7 +296,8 @@ def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     try:
-        return get_peft_model(model, config)
+        with adapting():
+            return get_peft_model(model, config)
     except ValueError:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise ConfigError(

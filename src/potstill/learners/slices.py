@@ -8,16 +8,16 @@ What a method says of its loss stays as it is: it is given the tokens as a batch
 whatever V and N, and logits are computed once.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from potstill.learners.policy import Context, Slice
+from potstill.learners.policy import Context, Slice, View
 from potstill.methods.base import Method, Metrics
 from potstill.split import Head, Split, Text
 from potstill.types import Batch
@@ -32,46 +32,87 @@ class Slices:
         self._texts = [
             Text([*prompt, *labels[: n - 1]], len(prompt) - 1)
             for prompt, labels, n in zip(batch.prompt_ids, batch.labels.tolist(), lengths, strict=True)
+            if n
         ]
         here, trained = batch.mask.flatten().nonzero()[:, 0], batch.trained.flatten() != 0
         if not trained.any():
             trained[here[:1]] = True  # a loss of nothing still has its metrics
         self._kept = trained[here]  # which of the response tokens, one answer behind the other
         self._where = here[self._kept]  # and where they are in [B, T]
-        self._hidden = self._read(split)
-        self._frozen: tuple[Split, Tensor, Context] | None = None
+        self._hidden = self._read(split) if self._texts else torch.zeros(0)
 
     def _read(self, split: Split) -> Tensor:
         hidden = split.hidden(self._texts, packed=self._packed)
         return hidden if bool(self._kept.all()) else hidden[self._kept]
 
-    def refer(self, split: Split, around: Context) -> None:
-        """Let the method see another model's view of the same tokens, without gradient."""
-        with around():
-            self._frozen = (split, self._read(split), around)
-
-    def backward(self, method: Method, around: Context) -> Iterator[Metrics]:
+    def backward(self, method: Method, around: Context, initial: "Initial | None" = None) -> Iterator[Metrics]:
         """Add the gradient of the loss to that of the weights, and tell loss and metrics of each slice."""
+        if not self._texts:
+            return
+        reference = _Frozen(self._read, initial) if initial else None
         sums = _Sums(self._split.head)
         leaf, at_once = self._hidden.detach().requires_grad_(), sums.head.at_once
         for start in range(0, len(leaf), at_once):
-            yield self._one(slice(start, start + at_once), leaf, sums.head, method, around)
+            here = slice(start, start + at_once)
+            yield self._one(leaf[None, here], sums.head, here, method, around, reference)
         sums.close()
         assert leaf.grad is not None
         if self._hidden.requires_grad:
             self._hidden.backward(leaf.grad)
 
-    def _one(self, here: slice, leaf: Tensor, head: Head, method: Method, around: Context) -> Metrics:
+    def _one(
+        self,
+        hidden: Float[Tensor, "1 n H"],
+        head: Head,
+        here: slice,
+        method: Method,
+        around: Context,
+        reference: "_Frozen | None",
+    ) -> Metrics:
         """A slice, of which nothing but its metrics is left in memory."""
-        frozen = None
-        if self._frozen:
-            other, hidden, enter = self._frozen
-            frozen = Slice(hidden[None, here], other.head, around=enter)
         with around():
-            policy = Slice(leaf[None, here], head, frozen=frozen)
+            policy = Slice(hidden, head, reference=partial(_FrozenSlice, reference, here) if reference else None)
             loss, seen = method.loss(policy, self._batch.only(self._where[here]))
         loss.backward()
         return {"loss": loss.detach(), **seen}
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """The student as it was at the start."""
+
+    split: Split
+    around: Context
+    """To be entered while the body reads."""
+
+
+class _Frozen:
+    """The initial weights' view of the tokens of a batch, which they read when a method first asks."""
+
+    def __init__(self, read: Callable[[Split], Tensor], initial: Initial):
+        self._read, self._initial = read, initial
+
+    @cached_property
+    def _hidden(self) -> Float[Tensor, "N H"]:
+        with self._initial.around():
+            return self._read(self._initial.split)
+
+    @torch.no_grad()
+    def logits(self, here: slice) -> Float[Tensor, "1 n V"]:
+        """Of some tokens."""
+        return self._initial.split.head(self._hidden[None, here])
+
+
+class _FrozenSlice(View):
+    """Some tokens of them."""
+
+    def __init__(self, frozen: _Frozen, here: slice):
+        super().__init__(None)
+        self._frozen, self._here = frozen, here
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "1 n V"]:
+        return self._frozen.logits(self._here)
 
 
 class _Sums:

@@ -21,6 +21,9 @@ from potstill.divergence import jsd, overlap, with_rest
 from potstill.methods.base import Method, Metrics, Policy, weighed, whole
 from potstill.types import Ask, Batch, Reviewed, Rollout, Target, Wants
 
+SOME = 64
+"""Tokens whose distributions are made at a time, to be looked at."""
+
 
 class OPD(Method):
     """Full-vocabulary or top-k divergence to a teacher that shares the student's tokenizer, or is aligned to it."""
@@ -62,7 +65,7 @@ class OPD(Method):
             ids = None if f.topk_ids is None else torch.from_numpy(f.topk_ids)
             weight = weighed(f, r.rollout)
             info = {} if f.aligned is None else {"aligned": weight}
-            if f.sampled is not None:
+            if f.sampled is not None and ids is not None:  # else the loss knows it
                 info["teacher_kl"] = _gap(r, torch.from_numpy(f.sampled)).masked_fill(weight == 0, torch.nan)
             out.append(
                 Target(
@@ -78,12 +81,19 @@ class OPD(Method):
         return out
 
     def told(self, target: Target) -> dict[str, torch.Tensor]:
-        """How far the teacher is from what was written, where only its hidden states came."""
-        if target.teacher_hidden is None or target.teacher_head is None:
-            return {}
+        """How far the teacher is from what was written, of every token."""
         ids = torch.tensor(target.rollout.response_ids)[:, None]
-        logp = target.teacher_head(target.teacher_hidden).log_softmax(-1).cpu()
-        return {"teacher_kl": _gap(target.source, logp.gather(-1, ids)[:, 0])}
+        if target.teacher_ids is not None:
+            return {}
+        if target.teacher_hidden is None or target.teacher_head is None:
+            assert target.teacher_logp is not None
+            return {"teacher_kl": _gap(target.source, target.teacher_logp.gather(-1, ids)[:, 0])}
+        head = target.teacher_head
+        logp = [
+            head(hidden).log_softmax(-1).cpu().gather(-1, own)
+            for hidden, own in zip(target.teacher_hidden.split(SOME), ids.split(SOME), strict=True)
+        ]
+        return {"teacher_kl": _gap(target.source, torch.cat(logp)[:, 0])}
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         """D_beta per token, over N."""
@@ -98,8 +108,7 @@ class OPD(Method):
         divergence = policy.divergence(told, self.beta, self.student_temperature)
         loss = (batch.weight * divergence).sum() / batch.n_tokens
         seen = overlap(policy.logp_all().detach(), teacher)
-        if batch.teacher_hidden is not None:
-            seen["teacher_kl"] = batch.old_logp - teacher.gather(-1, batch.labels[..., None])[..., 0]
+        seen["teacher_kl"] = batch.old_logp - teacher.gather(-1, batch.labels[..., None])[..., 0]
         means = {name: (batch.weight * value).sum() / batch.n_tokens for name, value in seen.items()}
         return loss, {"divergence": loss.detach(), **means}
 

@@ -7,7 +7,7 @@ import torch
 
 from potstill.decode import Decoding
 from potstill.models import Loaded
-from potstill.samplers.hf import HFSampler, Told
+from potstill.samplers.hf import HFSampler
 from potstill.types import Prompt, Rollout, Turn
 
 
@@ -25,8 +25,6 @@ class AheadSampler:
         for name, mine in self._copy.model.state_dict().items():
             mine.copy_(theirs[name])
 
-    async def sample(
-        self, prompts: Sequence[Prompt], n: int, turn: Turn, *, ended: Told | None = None
-    ) -> list[list[Rollout]]:
-        """`n` answers to each prompt, by the student as it was kept. `ended` as in `HFSampler`."""
-        return await self._inner.sample(prompts, n, turn, ended=ended or (lambda r: None))
+    async def sample(self, prompts: Sequence[Prompt], n: int, turn: Turn) -> list[list[Rollout]]:
+        """`n` answers to each prompt, by the student as it was kept."""
+        return await self._inner.sample(prompts, n, turn, apart=True)

@@ -1,6 +1,7 @@
 """Rollouts by a Hugging Face model in this process: the student, or the teacher writing for it."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -33,22 +34,33 @@ class HFSampler:
         turn: Turn,
         *,
         guides: Sequence[tuple[int, ...]] = (),
+        apart: bool = False,
         ended: Told | None = None,
     ) -> list[list[Rollout]]:
         """`n` answers to each prompt. Raises DataError for a prompt that leaves no room for an answer.
 
-        With `guides`, one per prompt, every answer starts with these tokens, which this model did not choose. With `ended`
-        a thread writes, and meanwhile this event loop calls `ended` with each answer as soon as it is over.
+        With `guides`, one per prompt, every answer starts with these tokens, which this model did not choose. `apart`: a
+        thread writes. With `ended` too, and this event loop calls it with each answer as soon as that is over.
         """
-        if ended is None:
+        if not apart and ended is None:
             return self._written(prompts, n, turn, guides, None)
-        loop, threads = asyncio.get_running_loop(), torch.get_num_threads()
+        loop, threads, given_up = asyncio.get_running_loop(), torch.get_num_threads(), threading.Event()
+
+        def over(finished: Callable[[], Rollout]) -> None:
+            if given_up.is_set():
+                raise asyncio.CancelledError
+            if ended:
+                loop.call_soon_threadsafe(ended, finished())
 
         def write() -> list[list[Rollout]]:
             torch.set_num_threads(threads)  # each thread has its own number
-            return self._written(prompts, n, turn, guides, lambda r: loop.call_soon_threadsafe(ended, r))
+            return self._written(prompts, n, turn, guides, over)
 
-        return await asyncio.to_thread(write)
+        try:
+            return await asyncio.to_thread(write)
+        except asyncio.CancelledError:
+            given_up.set()  # whoever ends the process would wait for the thread
+            raise
 
     def _written(
         self,
@@ -56,7 +68,7 @@ class HFSampler:
         n: int,
         turn: Turn,
         guides: Sequence[tuple[int, ...]],
-        ended: Told | None,
+        over: Callable[[Callable[[], Rollout]], None] | None,
     ) -> list[list[Rollout]]:
         tokens = self.loaded.tokens
         guides = guides or [()] * len(prompts)
@@ -81,7 +93,7 @@ class HFSampler:
             vocab=tokens.vocab,
             eos=tokens.eos,
             how=self.how,
-            ended=(lambda row, w: ended(rollout(row, w))) if ended else None,
+            ended=(lambda row, w: over(lambda: rollout(row, w()))) if over else None,
         )
         done = iter(map(rollout, rows, written))
         return [[next(done) for _ in range(n)] for _ in prompts]

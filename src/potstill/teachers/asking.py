@@ -140,6 +140,15 @@ class Asking:
             self._begun.add(task)
             task.add_done_callback(self._begun.discard)
 
+    async def forget(self) -> None:
+        """Give up the questions that were only expected."""
+        begun = list(self._begun)
+        for task in begun:
+            task.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)
+        if self._opened is not None:
+            await self._leave()
+
     async def _begin(self, asks: Sequence[Ask]) -> None:
         with suppress(PotstillError):
             line = await self._joined()

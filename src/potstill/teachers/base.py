@@ -37,3 +37,7 @@ class Expecting(Protocol):
     def expect(self, asks: Sequence[Ask]) -> None:
         """Begin with questions that `feedback` will be asked soon."""
         ...
+
+    async def forget(self) -> None:
+        """It will not be asked them after all."""
+        ...
