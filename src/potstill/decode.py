@@ -163,10 +163,10 @@ def _narrow(model: Any, rows: Sequence[Row], shared: Sequence[int]) -> bool:
 
 def _shared(trunks: Sequence[Sequence[int]], row: Row) -> int:
     """Tokens that a row takes over. The last one of a prefix is always fed anew: its logits are what we are after."""
-    return min(_common(trunks[row.trunk], row.prefix), len(row.prefix) - 1)
+    return min(common(trunks[row.trunk], row.prefix), len(row.prefix) - 1)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:

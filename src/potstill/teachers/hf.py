@@ -1,15 +1,18 @@
-"""A Hugging Face model in this process as teacher: it scores tokens, and it goes on from where the student was.
+"""A Hugging Face model as teacher: it scores tokens, and it goes on from where the student was.
 
 With the student's tokenizer it reads the student's token ids after its own rendering of the prompt. With another one it
 is a foreign teacher: it reads and writes text, which is cut to the asked length in the student's tokens. Its scores are
 then of use only through `potstill.align`.
+
+`ModelTeacher` turns questions into texts to read and rows to write, and what comes of them into feedback; where the model
+is does not matter to it. `HFTeacher` has it in this process, `potstill.teachers.served` behind `potstill serve`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,9 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from potstill import chat
 from potstill.align import Aligner, Written
 from potstill.decode import Decoding, Row, write
+from potstill.decode import Written as Said
 from potstill.models import Loaded, Tokens, same_tokenizer, written_ids
 from potstill.seeds import derive
-from potstill.split import Split, Text
+from potstill.split import Head, Split, Text
 from potstill.types import Ask, Feedback, Usage, Wants
 
 SLACK = 1.5
@@ -45,7 +49,21 @@ class Reading:
         return len(self.prompt) + len(self.answer)
 
 
-class HFTeacher:
+@runtime_checkable
+class Halves(Protocol):
+    """A model's two parts, wherever they are: `split.Split` is one."""
+
+    @property
+    def head(self) -> Head:
+        """Makes logits of hidden states."""
+        ...
+
+    def hidden(self, texts: Sequence[Text]) -> Float[Tensor, "N H"]:
+        """The wanted hidden states of all texts, one text behind the other."""
+        ...
+
+
+class ModelTeacher:
     """Scores and continues with one model.
 
     `share` off reads every prefix anew: slow, and the reference for tests. With `hides` whole distributions are told by the
@@ -54,7 +72,8 @@ class HFTeacher:
 
     def __init__(
         self,
-        loaded: Loaded,
+        own: Tokens,
+        split: Halves | None,
         student: Tokens,
         *,
         decoding: Decoding,
@@ -66,11 +85,11 @@ class HFTeacher:
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.notes, self.ended = Counter[str](), ""
-        self.name, self.shuffled, self.around = loaded.tokens.name, shuffled, around
-        self.loaded, self.student, self.how, self.share = loaded, student, decoding, share
-        self.foreign = text_only or same_tokenizer(student, loaded.tokens) is not None
-        self.aligner = Aligner(student, loaded.tokens) if align else None
-        self.hides, self.split = hides, Split.of(loaded.model, loaded.tokens.vocab)
+        self.name, self.shuffled, self.around = own.name, shuffled, around
+        self.own, self.student, self.how, self.share = own, student, decoding, share
+        self.foreign = text_only or same_tokenizer(student, own) is not None
+        self.aligner = Aligner(student, own) if align else None
+        self.hides, self.split = hides, split
 
     @property
     def offers(self) -> Wants:
@@ -97,26 +116,16 @@ class HFTeacher:
 
     def _read(self, group: Sequence[Reading]) -> Sequence[Float[Tensor, "s W"]]:
         """What the model has in front of each answer's S tokens and behind the last: hidden states, or logits."""
-        if self.split:
-            hidden = self.split.hidden([Text([*r.prompt, *r.answer], len(r.prompt) - 1) for r in group])
-            return hidden.split([len(r.answer) + 1 for r in group])
-        rows = [torch.tensor([*r.prompt, *r.answer]) for r in group]
-        ids = pad_sequence(rows, batch_first=True)
-        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
-        device = self.loaded.device
-        shortest = min(len(r.prompt) for r in group)
-        keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
-        logits = self.loaded.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
-        ).logits[..., : self.loaded.tokens.vocab]
-        return [z[len(r.prompt) - shortest :][: len(r.answer) + 1] for z, r in zip(logits, group, strict=True)]
+        assert self.split
+        hidden = self.split.hidden([Text([*r.prompt, *r.answer], len(r.prompt) - 1) for r in group])
+        return hidden.split([len(r.answer) + 1 for r in group])
 
     def _logp(self, rows: Float[Tensor, "n W"]) -> Float[Tensor, "n V"]:
         logits = self.split.head(rows) if self.split else rows.float()
         return logits.log_softmax(-1).cpu()
 
     def _reading(self, ask: Ask) -> Reading:
-        prompt = chat.prompt_ids(self.loaded.tokens.tokenizer, ask.view)
+        prompt = chat.prompt_ids(self.own.tokenizer, ask.view)
         if self.aligner is None:
             return Reading(ask=ask, prompt=prompt, answer=ask.rollout.response_ids)
         written = self.aligner.written(ask.rollout)
@@ -124,7 +133,7 @@ class HFTeacher:
 
     def _micro(self, readings: Sequence[Reading]) -> list[list[Reading]]:
         """Consecutive questions whose tokens fit into one forward pass."""
-        room = self.how.cells if self.split else min(self.how.cells, LOGITS // self.loaded.tokens.vocab)
+        room = self.how.cells if self.split else min(self.how.cells, LOGITS // self.own.vocab)
         groups: list[list[Reading]] = []
         longest = 0
         for reading in readings:
@@ -160,8 +169,12 @@ class HFTeacher:
 
     # --- continuations ------------------------------------------------------------------------------------------
 
+    def _write(self, trunks: Sequence[tuple[int, ...]], rows: Sequence[Row]) -> list[Said]:
+        """`decode.write` with the model."""
+        raise NotImplementedError
+
     def _continue(self, asks: Sequence[Ask]) -> list[Feedback]:
-        tokenizer = self.loaded.tokens.tokenizer
+        tokenizer = self.own.tokenizer
         prefixes = [self._prefix(a) for a in asks]
         trunks, trunk_of = self._trunks(asks, prefixes)
         rows = [
@@ -169,8 +182,7 @@ class HFTeacher:
             for a, p, t in zip(asks, prefixes, trunk_of, strict=True)
             for i in range(a.first, a.first + a.n)
         ]
-        own = self.loaded.tokens
-        written = iter(write(self.loaded.model, trunks, rows, vocab=own.vocab, eos=own.eos, how=self.how))
+        written = iter(self._write(trunks, rows))
         computed = [0] * len(trunks)  # tokens of each trunk that have been paid for
         out: list[Feedback] = []
         for ask, prefix, trunk in zip(asks, prefixes, trunk_of, strict=True):
@@ -222,7 +234,7 @@ class HFTeacher:
 
     def _prefix(self, ask: Ask) -> tuple[int, ...]:
         """What the teacher reads: its own rendering of the prompt, then the student's answer up to `start`."""
-        tokenizer = self.loaded.tokens.tokenizer
+        tokenizer = self.own.tokenizer
         prompt = chat.prompt_ids(tokenizer, ask.view)
         if self.foreign:
             return (*prompt, *tokenizer.encode(ask.rollout.text(0, ask.start), add_special_tokens=False))
@@ -231,6 +243,32 @@ class HFTeacher:
     def _limit(self, ask: Ask) -> int:
         assert ask.length is not None
         return round(SLACK * ask.length) if self.foreign and ask.unit == "student" else ask.length
+
+
+class HFTeacher(ModelTeacher):
+    """With a model in this process; one that is no body and head tells its logits. Options are those of `ModelTeacher`."""
+
+    def __init__(self, loaded: Loaded, student: Tokens, *, decoding: Decoding, **options: Any):
+        split = Split.of(loaded.model, loaded.tokens.vocab)
+        super().__init__(loaded.tokens, split, student, decoding=decoding, **options)
+        self.loaded = loaded
+
+    def _read(self, group: Sequence[Reading]) -> Sequence[Float[Tensor, "s W"]]:
+        if self.split:
+            return super()._read(group)
+        rows = [torch.tensor([*r.prompt, *r.answer]) for r in group]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        device = self.loaded.device
+        shortest = min(len(r.prompt) for r in group)
+        keep = ids.shape[1] - shortest + 1  # logits from the last token of the shortest prompt on
+        logits = self.loaded.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
+        ).logits[..., : self.own.vocab]
+        return [z[len(r.prompt) - shortest :][: len(r.answer) + 1] for z, r in zip(logits, group, strict=True)]
+
+    def _write(self, trunks: Sequence[tuple[int, ...]], rows: Sequence[Row]) -> list[Said]:
+        return write(self.loaded.model, trunks, rows, vocab=self.own.vocab, eos=self.own.eos, how=self.how)
 
 
 def _stream(ask: Ask) -> str:

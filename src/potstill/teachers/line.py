@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import numpy as np
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -182,12 +183,7 @@ class Line:
         """
         began, tries = time.monotonic(), 0
         try:
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(self.retries + 1),
-                wait=_wait,
-                retry=retry_if_exception(_temporary),
-                reraise=True,
-            ):
+            async for attempt in AsyncRetrying(**again(self.retries)):
                 with attempt:
                     tries = attempt.retry_state.attempt_number
                     reply = await self._once(ask, read, written)
@@ -248,6 +244,16 @@ class Line:
         )
         self.ended = self.ended or error
         return error
+
+
+def again(retries: int) -> dict[str, Any]:
+    """tenacity's arguments: which requests are repeated, how often, and after what wait."""
+    return {
+        "stop": stop_after_attempt(retries + 1),
+        "wait": _wait,
+        "retry": retry_if_exception(_temporary),
+        "reraise": True,
+    }
 
 
 def _temporary(error: BaseException) -> bool:
