@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from potstill import serve
 from potstill.decode import Decoding, Row, write
-from potstill.models import Loaded
+from potstill.models import Loaded, Tokens
+from potstill.teachers.keys import Key
+from potstill.teachers.served import RemoteSplit, ServedTeacher
+from potstill.teachers.settings import Potstill
 from tests import tiny
 
 JSON = dict[str, Any]
@@ -117,6 +121,75 @@ def serving(respond: Responder) -> Iterator[Server]:
         yield server
     finally:
         server.close()
+
+
+# --- potstill serve --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Passed:
+    """An answer of `potstill serve`."""
+
+    path: str
+    status: int
+    read: int
+    """Bytes of the request's body,"""
+    written: int
+    """and of the answer's."""
+
+
+class Hidden(serve.Server):
+    """`potstill serve` in a thread. `faults(number of the request)` may be a status to answer with, or 0: hang up."""
+
+    def __init__(self, served: serve.Served, port: int, key: Key):
+        self.faults: Callable[[int], int | None] = lambda _: None
+        self.passed: list[Passed] = []
+        super().__init__(served, "127.0.0.1", port, key)
+        self.RequestHandlerClass = Overheard
+
+    def of(self, path: str) -> list[Passed]:
+        return [p for p in self.passed if p.path == path]
+
+
+class Overheard(serve.Handler):
+    server: Hidden
+
+    def _respond(self, body: bytes) -> None:
+        self.read = len(body)
+        fault = self.server.faults(len(self.server.passed))
+        if fault == 0:
+            self.server.passed.append(Passed(self.path, 0, len(body), 0))
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+            self.close_connection = True
+        elif fault:
+            self._send(fault, b"told to")
+        else:
+            super()._respond(body)
+
+    def _send(self, status: int, body: bytes, kind: str = "text/plain") -> None:
+        self.server.passed.append(Passed(self.path, status, getattr(self, "read", 0), len(body)))
+        super()._send(status, body, kind)
+
+
+@contextmanager
+def hidden(loaded: Loaded, *, port: int = 0, key: str | None = None, cells: int = 65_536) -> Iterator[Hidden]:
+    server = Hidden(serve.Served(loaded, cells=cells), port, Key(key))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def taught(
+    url: str, own: Tokens, student: Tokens, *, key: str | None = None, hides: bool = False, **fields: Any
+) -> ServedTeacher:
+    """A teacher behind `potstill serve` whose tokenizer is at hand."""
+    settings = Potstill(**{"base_url": url, "tokenizer": "unused", "retries": 2, **fields})
+    return ServedTeacher(RemoteSplit(settings, Key(key), "cpu"), own, student, settings, hides=hides)
 
 
 # --- completions: vLLM, and what has less ----------------------------------------------------------------------------

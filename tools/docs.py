@@ -39,6 +39,7 @@ TABLES: dict[str, tuple[type[BaseModel], str]] = {
     "[teacher]": (config.Teacher, "Left out where the method asks no teacher. "),
     '[teacher] kind = "http"': (settings.HTTP, ""),
     '[teacher] kind = "chat"': (settings.Chat, ""),
+    '[teacher] kind = "potstill"': (settings.Potstill, ""),
     '[teacher] kind = "replay"': (settings.Replay, ""),
     "[reference]": (config.Reference, "Optional. "),
     "[budget]": (config.Budget, "Instead of `steps`. "),

@@ -25,9 +25,11 @@ from potstill.samplers.phased import PhasedSampler
 from potstill.samplers.scored import ScoredSampler
 from potstill.tasks.base import Task
 from potstill.teachers import load as remote
+from potstill.teachers import served
 from potstill.teachers.asking import Asking
 from potstill.teachers.base import Teacher as TeacherProtocol
-from potstill.teachers.hf import HFTeacher
+from potstill.teachers.hf import HFTeacher, ModelTeacher
+from potstill.teachers.settings import Potstill
 from potstill.types import Prompt
 from potstill.verifiers.base import Verifier
 
@@ -95,16 +97,18 @@ def build(config: Config, folder: Path | None = None) -> Parts:
     )
 
 
-def _load_teacher(config: Config, method: Method, student: Tokens, folder: Path) -> HFTeacher | Asking | None:
+def _load_teacher(config: Config, method: Method, student: Tokens, folder: Path) -> ModelTeacher | Asking | None:
     t = config.teacher
     if t is None:
         return None
+    # Hidden states are turned into log-probs in the loss, so that nobody else may ask for them before.
+    hides = method.reads_hidden and (config.select is None or config.select.by in ("entropy", "random"))
+    if isinstance(t, Potstill):
+        return served.load(t, student, device=device(t.device), hides=hides)
     if not isinstance(t, Teacher):
         return remote.load(t, student, folder, config.name)
     loaded = models.load(t.path, dtype=t.dtype, device=device(t.device), eos=t.eos)
     how = Decoding(temperature=t.temperature, top_p=t.top_p, cells=t.batch_cells)
-    # Hidden states are turned into log-probs in the loss, so that nobody else may ask for them before.
-    hides = method.reads_hidden and (config.select is None or config.select.by in ("entropy", "random"))
     return HFTeacher(
         loaded, student, decoding=how, text_only=t.text_only, align=t.align, shuffled=t.shuffled, hides=hides
     )

@@ -14,7 +14,7 @@ from potstill.samplers.data import answer_ids
 from potstill.samplers.hf import prompt_within
 from potstill.tasks.base import Task
 from potstill.teachers import load as remote
-from potstill.teachers.settings import HTTP, Replay
+from potstill.teachers.settings import HTTP, Chat, Potstill, Remote, Replay
 from potstill.types import Prompt, Wants
 
 BASES = ("self", "random", "inputs")
@@ -89,10 +89,11 @@ def _writes(config: Config, method: Method) -> bool:
 
 def _check_tokens(config: Config, method: Method, student: Tokens) -> list[Tokens]:
     """The teacher's tokenizer, where it has one that we know of, checked against the student's."""
-    if isinstance(config.teacher, Teacher):
+    if isinstance(config.teacher, Teacher | Potstill):
         device(config.teacher.device)
+    if isinstance(config.teacher, Teacher):
         teacher = models.load_tokens(config.teacher.path, config.teacher.eos)
-    elif isinstance(config.teacher, HTTP):
+    elif isinstance(config.teacher, HTTP | Potstill):
         teacher = models.load_tokens(config.teacher.tokenizer, config.teacher.eos)
     else:
         return []
@@ -120,16 +121,16 @@ def _check_teacher(config: Config, method: Method) -> None:
         return
     if method.teacherless:
         raise ConfigError(f"{name} as set here asks no teacher, so [teacher] would have no effect. Remove the table")
-    if not isinstance(teacher, Teacher):
+    if isinstance(teacher, Remote | Replay):
         remote.check(teacher, name, method.wants)
     if isinstance(teacher, Replay):
         return
-    if isinstance(teacher, Teacher | HTTP) and teacher.text_only and method.wants > Wants.TEXT:
+    if not isinstance(teacher, Chat) and teacher.text_only and method.wants > Wants.TEXT:
         raise ConfigError(
             f"{name} needs {NEEDS[method.wants]} of the teacher, but teacher.text_only leaves only text. "
             "Use method omniopd, or remove text_only"
         )
-    if isinstance(teacher, Teacher | HTTP) and teacher.align and (teacher.text_only or method.wants <= Wants.TEXT):
+    if not isinstance(teacher, Chat) and teacher.align and (teacher.text_only or method.wants <= Wants.TEXT):
         why = "teacher.text_only leaves only text" if teacher.text_only else f"{name} as set here asks for none"
         raise ConfigError(
             f"teacher.align carries the teacher's scores over to the student's tokens, but {why}, so it would have no "

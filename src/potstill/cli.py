@@ -9,14 +9,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from potstill.errors import ConfigError, PotstillError
+from potstill.errors import ConfigError, PotstillError, unknown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -347,6 +347,43 @@ def ledger(
         with export.open("w", encoding="utf-8") as to:
             to.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in file.rows(path))
         out.print(f"Wrote {export}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name or lab/NAME.")],
+    host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8123,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and arithmetic.")] = "float32",
+    batch_cells: Annotated[int, typer.Option(min=1, help="Rows times tokens at once: the bound on memory.")] = 65_536,
+) -> None:
+    """Serve a model as a teacher of hidden states (teacher.kind = "potstill"), until Ctrl-C.
+
+    If the environment variable POTSTILL_KEY is set, only those who send it are answered.
+    """
+    from potstill import checks, config, models, wire
+    from potstill import serve as http
+    from potstill.teachers.keys import read_key
+
+    key = read_key(None, None, wire.KEYS, needed=False)
+    http.check_host(host, key)
+    known: tuple[config.DType, ...] = get_args(config.DType)
+    kind = next((name for name in known if name == dtype), None)
+    if kind is None:
+        raise ConfigError(unknown("dtype", dtype, known))
+    path, _ = _model_of(model)
+    served = http.Served(models.load(path, dtype=kind, device=checks.device(device)), cells=batch_cells)
+    server = http.listen(served, host, port, key)
+    about, weight = served.about, served.split.head.module.weight
+    size = f"{weight.shape[1]} numbers a token in place of {about.vocab}"
+    for line in (
+        f"{model} ({dtype} on {weight.device}; {size}) listens at {server.url}",
+        f'teacher = {{ kind = "potstill", base_url = "{server.url}", tokenizer = "{path}" }}',
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    server.run()
+    out.print("Stopped.")
 
 
 @app.command()

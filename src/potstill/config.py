@@ -85,6 +85,7 @@ AnyTeacher = Annotated[
     Annotated[Teacher, Tag("hf")]
     | Annotated[settings.HTTP, Tag("http")]
     | Annotated[settings.Chat, Tag("chat")]
+    | Annotated[settings.Potstill, Tag("potstill")]
     | Annotated[settings.Replay, Tag("replay")],
     Discriminator(_kind),
 ]

@@ -5,6 +5,7 @@ bundled model. The *vocabulary* of a model is its tokenizer's: rows of the outpu
 padding, and are cut off wherever logits are used, so that models padded to different sizes agree.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -206,6 +207,13 @@ def same_tokenizer(a: Tokens, b: Tokens) -> str | None:
         if a.tokenizer.encode(probe, add_special_tokens=False) != b.tokenizer.encode(probe, add_special_tokens=False):
             return f"both have the same tokens, but cut {probe!r} differently"
     return None
+
+
+def fingerprint(tokens: Tokens) -> str:
+    """Equal where `same_tokenizer` finds no difference, of tokenizers on two machines."""
+    cuts = [tokens.tokenizer.encode(probe, add_special_tokens=False) for probe in PROBES]
+    said = json.dumps([tokens.vocab, sorted(tokens.tokenizer.get_vocab().items()), cuts])
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def check_shared(student: Tokens, teacher: Tokens) -> None:

@@ -16,7 +16,7 @@ from potstill.ledger import Ledger, summary
 from potstill.models import written_ids
 from potstill.samplers.asked import AskedSampler
 from potstill.teachers.chat import ChatTeacher
-from potstill.teachers.hf import HFTeacher
+from potstill.teachers.hf import HFTeacher, ModelTeacher
 from potstill.teachers.http import HTTPTeacher, meet
 from potstill.teachers.settings import HTTP, Chat
 from potstill.types import Ask, Feedback, Turn, Wants
@@ -38,7 +38,7 @@ def spoken(url: str, at: Path, monkeypatch: pytest.MonkeyPatch) -> ChatTeacher:
     return ChatTeacher(how, STUDENT, Ledger(at / "ledger.sqlite", "run"))
 
 
-@pytest.fixture(params=["hf", "hf foreign", "http", "http foreign", "chat"])
+@pytest.fixture(params=["hf", "hf foreign", "http", "http foreign", "potstill", "potstill foreign", "chat"])
 def by(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A teacher of each kind."""
     foreign = "foreign" in request.param
@@ -50,6 +50,9 @@ def by(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monke
     elif request.param.startswith("http"):
         with serving(Completions(loaded)) as server:
             yield served(server.url, tmp_path, loaded.tokens)
+    elif request.param.startswith("potstill"):
+        with servers.hidden(loaded) as server:
+            yield servers.taught(server.url, loaded.tokens, STUDENT)
     else:
         yield HFTeacher(loaded, STUDENT, decoding=Decoding())
 
@@ -80,7 +83,7 @@ def test_a_later_round_goes_on_where_the_first_ended(by: Any):
     [whole] = answers(by, go_on(9, 5))
     assert [*first.texts, *second.texts] == list(whole.texts)
     assert [*first.ids, *second.ids] == list(whole.ids)
-    if isinstance(by, HFTeacher):
+    if isinstance(by, ModelTeacher):
         assert first.usage.written + second.usage.written == whole.usage.written
     else:
         [row] = summary(by.ledger.path)

@@ -18,7 +18,10 @@ LAYERS = [
     {"types"},
     {"divergence", "credit", "chunks", "phased", "similarity", "kv", "chat", "metrics", "run", "ledger"},
     {"batch", "select", "verifiers", "tasks", "lab"},
-    {"methods", "split", "decode", "models", "align", "teachers", "samplers", "registry", "catalogue", "config"},
+    {
+        *("methods", "split", "decode", "models", "align", "wire", "serve"),
+        *("teachers", "samplers", "registry", "catalogue", "config"),
+    },
     {"learners", "geometry", "evaluate", "record", "spent", "stop", "report", "progress"},
     {"checks", "build"},
     {"writing"},

@@ -16,7 +16,7 @@ class Table(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A table of the recipe."""
 
 
-class Remote(Table):
+class Networked(Table):
     """What all teachers behind a network have in common."""
 
     temperature: float = Field(1.0, ge=0)
@@ -27,12 +27,32 @@ class Remote(Table):
     """Name of the environment variable that holds the API key, never the key itself."""
     key_file: Path | None = None
     """A file that holds nothing but the API key."""
-    in_flight: int = Field(64, gt=0)
-    """Requests under way at once, at most."""
     retries: int = Field(6, ge=0)
     """How often a request is repeated that got no answer: 408, 409, 429, 5xx, a broken connection."""
     timeout: float = Field(600.0, gt=0)
     """Seconds to wait for an answer."""
+
+    @field_validator("key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise PydanticCustomError(
+                SECRET, "is no name of a variable, such as MY_API_KEY. A key itself has no place here"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Networked":
+        if self.key_env is not None and self.key_file is not None:
+            raise ValueError("key_env and key_file both say where the API key is; give one of them")
+        return self
+
+
+class Remote(Networked):
+    """Those that are paid for, or may be: what they say is kept."""
+
+    in_flight: int = Field(64, gt=0)
+    """Requests under way at once, at most."""
     redraws: int = Field(1, ge=0)
     """Rejected answers that are replaced: at most this many times n to a question, which then goes unanswered."""
     max_unanswered: float = Field(0.1, ge=0, le=1)
@@ -45,21 +65,6 @@ class Remote(Table):
     """A price table of your own (TOML), read before the one that comes with potstill."""
     ledger: Path | None = None
     """Where answers are kept; unset: ledger.sqlite in the run's folder. Runs may share one."""
-
-    @field_validator("key_env")
-    @classmethod
-    def _a_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-            raise PydanticCustomError(
-                SECRET, "is no name of a variable, such as MY_API_KEY. A key itself has no place here"
-            )
-        return name
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "Remote":
-        if self.key_env is not None and self.key_file is not None:
-            raise ValueError("key_env and key_file both say where the API key is; give one of them")
-        return self
 
 
 class HTTP(Remote):
@@ -114,6 +119,30 @@ class Chat(Remote):
     @classmethod
     def _plain(cls, url: str | None) -> str | None:
         return None if url is None else plain_url(url)
+
+
+class Potstill(Networked):
+    """A model behind `potstill serve`, which tells its hidden states; the output layer is applied here."""
+
+    kind: Literal["potstill"] = "potstill"
+    """`potstill`: such a server."""
+    base_url: str
+    """Where it listens, such as http://127.0.0.1:8123."""
+    tokenizer: str
+    """Folder or hub name of the served model's tokenizer, or lab/NAME: prompts are sent as token ids."""
+    device: str = "auto"
+    """Where its output layer is applied; as student.device."""
+    eos: tuple[str, ...] | None = None
+    """As student.eos."""
+    text_only: bool = False
+    """Treat it as a teacher that returns nothing but text, even if it shares the student's tokenizer."""
+    align: bool = False
+    """With another tokenizer: carry its scores over to the student's tokens, by the text that both stand for."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        return plain_url(url)
 
 
 class Replay(Table):
