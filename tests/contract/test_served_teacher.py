@@ -1,6 +1,7 @@
 """A teacher behind `potstill serve`: what it says is what the same model says in this process, and H numbers a token come."""
 
 import asyncio
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -72,7 +73,7 @@ SCORES = [
     score(Wants.SAMPLED, LONG, start=4, length=3),
     score(Wants.TOPK, LONG, k=5),
 ]
-TEXTS = [*(go_on(LONG, start) for start in (0, 4, 13)), *(go_on(r, 1, ids=True) for r in OTHERS[:2])]
+TEXTS = [go_on(LONG, 0), go_on(OTHERS[0], 1, ids=True), go_on(LONG, 4), go_on(OTHERS[1], 1), go_on(LONG, 13, n=2)]
 
 
 def assert_same(far: Feedback, near: Feedback, tolerance: float = 1e-6) -> None:
@@ -190,7 +191,11 @@ def test_texts_come_out_as_they_went_in() -> None:
 
 
 def test_fingerprints_tell_tokenizers_apart_as_comparing_them_does() -> None:
-    known = [tiny.tokens(t) for t in (tiny.byte_level(), tiny.byte_level(270), tiny.byte_fallback(), tiny.byte_level())]
+    longer = [copy.deepcopy(tiny.byte_level()) for _ in range(2)]
+    for tokenizer, token in zip(longer, ("<|a|>", "<|b|>"), strict=True):
+        tokenizer.add_tokens([token])  # as many tokens, and the same ones for all texts but one
+    kinds = (tiny.byte_level(), tiny.byte_level(270), tiny.byte_fallback(), copy.deepcopy(tiny.byte_level()), *longer)
+    known = [tiny.tokens(t) for t in kinds]
     for a in known:
         for b in known:
             assert (models.fingerprint(a) == models.fingerprint(b)) == (models.same_tokenizer(a, b) is None)
