@@ -54,7 +54,7 @@ def train(
 ) -> tuple[Watched, list[list[Line]]]:
     """Run `params["recipe"]`, and write the transcript that the peer follows. `prepare` is given the parts before it."""
     one_thread()
-    from potstill.config import parse
+    from potstill.recipes import parse
 
     loop: Any = import_module("potstill.loop")
 

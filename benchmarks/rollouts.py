@@ -62,7 +62,7 @@ def ours(params: Params) -> dict[str, Any]:
     from dataclasses import replace
 
     from potstill import models
-    from potstill.config import parse
+    from potstill.recipes import parse
     from potstill.samplers.hf import HFSampler
     from potstill.types import Turn
 

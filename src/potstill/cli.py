@@ -48,9 +48,9 @@ def demo(
 @app.command()
 def check(recipe: Recipe, overrides: Overrides = None, variant: Variant = None) -> None:
     """Check a recipe without loading a weight, and print every field as understood."""
-    from potstill import checks, config
+    from potstill import checks, recipes
 
-    parsed, _ = config.read(recipe, overrides or [], variant)
+    parsed, _ = recipes.read(recipe, overrides or [], variant)
     checks.check(parsed)
     out.print_json(parsed.model_dump_json())
     out.print(f"[green]{escape(recipe)} can run.[/green]")
@@ -65,9 +65,9 @@ def train(
     root: Root = Path("runs"),
 ) -> None:
     """Train a student as the recipe says."""
-    from potstill import config, loop, progress
+    from potstill import loop, progress, recipes
 
-    parsed, text = config.read(recipe, overrides or [], variant)
+    parsed, text = recipes.read(recipe, overrides or [], variant)
     with progress.Bar(out) as bar:
         run = loop.train(parsed, root, text=text, resume=resume, watch=bar)
     if rows := run.evals:
@@ -456,18 +456,18 @@ def _model_of(path: str) -> tuple[str, dict[str, Any]]:
 
 def _task_of(path: str, recipe: dict[str, Any], task: str | None, overrides: Sequence[str]) -> Any:
     """The task that is named, or the one that the run was trained on."""
-    from potstill import config, registry
+    from potstill import recipes, registry
     from potstill.tasks import TASKS
 
     raw = recipe.get("task")
     if task is not None:
-        raw = {"kind": task} if task in TASKS else config.read(task)[0].task.model_dump(mode="json")
+        raw = {"kind": task} if task in TASKS else recipes.read(task)[0].task.model_dump(mode="json")
     if raw is None:
         raise ConfigError(
             f"{path} is no run, so it does not say which questions to ask. "
             f"Add --task KIND ({', '.join(TASKS)}) or --task RECIPE.toml"
         )
-    return config.parse_part(registry.task_class(raw["kind"]), raw, overrides, "task")
+    return recipes.parse_part(registry.task_class(raw["kind"]), raw, overrides, "task")
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from potstill.config import read
 from potstill.errors import ConfigError, Interrupted, TrainingError
 from potstill.metrics import paired_bootstrap
 from potstill.progress import CAPTION, accuracy, percent
+from potstill.recipes import read
 from potstill.report import write
 from potstill.run import Run, read_rows, write_whole
 

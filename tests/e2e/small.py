@@ -92,13 +92,13 @@ def recipe(folder: Path, text: str = RECIPE) -> Path:
 
 def parsed(*overrides: str) -> Any:
     """RECIPE as a Config, with overrides."""
-    from potstill import config
+    from potstill import recipes
 
-    raw = config.tomllib.loads(RECIPE)
+    raw = recipes.tomllib.loads(RECIPE)
     for override in overrides:
         key, _, value = override.partition("=")
         if value == "NONE":
             del raw[key]
         else:
-            config._apply(raw, override)
-    return config.parse(raw)
+            recipes._apply(raw, override)
+    return recipes.parse(raw)

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.small import Command, command, parsed, recipe
 
 import potstill as package
-from potstill.config import recipes
+from potstill.recipes import packaged
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", packaged())
 def test_every_recipe_that_comes_with_potstill_can_be_read(name: str):
-    text = recipes()[name].read_text(encoding="utf-8")
+    text = packaged()[name].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 30
-    from potstill import config
+    from potstill import recipes
 
-    config.read(name)
+    recipes.read(name)
 
 
 def test_check(potstill: Command, folder: Path):

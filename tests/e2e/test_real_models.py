@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from potstill import chat, config, loop, models
+from potstill import chat, loop, models, recipes
 from potstill.decode import Decoding
 from potstill.run import Run
 from potstill.samplers.hf import HFSampler
@@ -39,7 +39,7 @@ def student() -> models.Loaded:
 
 
 def trained(recipe: str, folder: Path, *overrides: str) -> Run:
-    cfg, text = config.read(recipe, [*SMALL, *overrides])
+    cfg, text = recipes.read(recipe, [*SMALL, *overrides])
     return loop.train(cfg, folder, text=text)
 
 

@@ -37,10 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def rows(name: str) -> list[dict[str, float]]:
     """What a recipe gives here and now."""
-    from potstill import config, loop
+    from potstill import loop, recipes
 
     with tempfile.TemporaryDirectory() as root:
-        metrics = loop.train(config.parse(RECIPES[name]), Path(root)).metrics
+        metrics = loop.train(recipes.parse(RECIPES[name]), Path(root)).metrics
     return [{k: float(f"{v:.7g}") for k, v in row.items() if not k.startswith(UNSTABLE)} for row in metrics]
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from potstill.config import tables as recipe
 from potstill.lab.claims import RECIPES, Result, markdown
 from potstill.lab.claims.evidence import METHODS, Evidence, K
 from potstill.lab.claims.paper import claims
 from potstill.lab.claims.rules import EQUAL, Claim, interval, verdict
 from potstill.lab.claims.tables import tables
+from potstill.recipes import tables as recipe
 from potstill.report import claims as page
 from potstill.run import Run
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from potstill import comparison, config
+from potstill import comparison, recipes
 from potstill.comparison import plan, results
 from potstill.errors import ConfigError
 from potstill.metrics import bootstrap, crossed_bootstrap
@@ -49,22 +49,22 @@ def make(recipe: Path, *methods: str, overrides: tuple[str, ...] = (), budget: s
 
 
 def test_a_variant_is_laid_over_the_recipe_table_by_table(recipe: Path) -> None:
-    parsed, text = config.read(recipe, variant="forward")
+    parsed, text = recipes.read(recipe, variant="forward")
     assert parsed.method.model_dump() == parsed.method.model_copy(update={"beta": 0.0}).model_dump()
     assert (parsed.learner.lr, parsed.learner.schedule) == (2e-3, "cosine")
     assert "# variant forward" in text
-    assert config.read(recipe)[0].learner.lr == 1e-3, "without a variant: the recipe as it stands"
+    assert recipes.read(recipe)[0].learner.lr == 1e-3, "without a variant: the recipe as it stands"
 
 
 def test_another_method_takes_nothing_from_the_first(recipe: Path) -> None:
-    assert config.read(recipe, ["teacher.temperature=0.5"], "sft")[0].method.model_dump() == {
+    assert recipes.read(recipe, ["teacher.temperature=0.5"], "sft")[0].method.model_dump() == {
         "name": "sft",
         "source": "teacher",
     }
 
 
 def test_overrides_win_over_the_variant_and_fields_of_the_entry_over_both(recipe: Path) -> None:
-    assert config.read(recipe, ["learner.lr=5e-4"], "forward")[0].learner.lr == 5e-4
+    assert recipes.read(recipe, ["learner.lr=5e-4"], "forward")[0].learner.lr == 5e-4
     found = make(recipe, "forward", "forward:learner.lr=7e-4:beta=1", overrides=("learner.lr=5e-4",))
     assert found.variants["forward"]["learner"]["lr"] == 5e-4
     last = found.variants["forward:learner.lr=7e-4:beta=1"]
@@ -93,13 +93,13 @@ def test_all_variants_are_compared_if_nothing_is_named(recipe: Path) -> None:
 
 
 def test_a_resolved_recipe_is_a_recipe(recipe: Path, tmp_path: Path) -> None:
-    parsed, _ = config.read(recipe, ["seed=3"])
+    parsed, _ = recipes.read(recipe, ["seed=3"])
     path = tmp_path / "resolved.json"
     path.write_text(json.dumps(parsed.model_dump(mode="json")))
-    again, text = config.read(path)
+    again, text = recipes.read(path)
     assert again == parsed
     (tmp_path / "again.toml").write_text(text)
-    assert config.read(tmp_path / "again.toml")[0] == parsed, "its text is the same recipe in TOML"
+    assert recipes.read(tmp_path / "again.toml")[0] == parsed, "its text is the same recipe in TOML"
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_a_resolved_recipe_is_a_recipe(recipe: Path, tmp_path: Path) -> None:
 def test_files_that_are_no_recipes(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
-        config.read(tmp_path / name)
+        recipes.read(tmp_path / name)
 
 
 def test_a_variant_that_is_not_there(recipe: Path) -> None:
     with pytest.raises(ConfigError, match="there is no variant 'forwards'; did you mean 'forward'"):
-        config.read(recipe, variant="forwards")
+        recipes.read(recipe, variant="forwards")
     with pytest.raises(ConfigError, match=r"has no \[variants\]"):
-        config.read("demo-opd", variant="forward")
+        recipes.read("demo-opd", variant="forward")
 
 
 # --- what is asked ------------------------------------------------------------------------------------------------
@@ -164,9 +164,9 @@ def test_budgets_that_are_none(text: str) -> None:
 def test_a_budget_takes_the_place_of_the_recipes(recipe: Path) -> None:
     for tables in make(recipe, "sft", "opd", budget="cpu_seconds=3").variants.values():
         assert "steps" not in tables
-        assert config.parse(tables).budget.given == ("cpu_seconds", 3)
+        assert recipes.parse(tables).budget.given == ("cpu_seconds", 3)
     for tables in make(recipe, "sft", "opd", budget="steps=3").variants.values():
-        assert config.parse(tables).steps == 3
+        assert recipes.parse(tables).steps == 3
 
 
 @given(st.text(min_size=1))

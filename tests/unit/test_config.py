@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potstill import config
+from potstill import config, recipes
 from potstill.errors import ConfigError
 
 TEXT = """
@@ -40,7 +40,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_overrides_are_toml_or_else_strings(recipe: Path):
     given = ["steps=7", "learner.lr=1e-4", "student.path=lab/teacher"]
     given += ["eval.greedy=false", "student.lora.rank=2", "task.digits=[2]"]
-    parsed, text = config.read(recipe, given)
+    parsed, text = recipes.read(recipe, given)
     assert (parsed.steps, parsed.learner.lr, parsed.student.path, parsed.eval.greedy) == (7, 1e-4, "lab/teacher", False)
     assert parsed.student.lora == config.LoRA(rank=2)
     assert parsed.task.digits == (2,)  # type: ignore[attr-defined]
@@ -49,29 +49,29 @@ def test_overrides_are_toml_or_else_strings(recipe: Path):
 
 
 def test_without_overrides_the_text_is_the_file(recipe: Path):
-    assert config.read(recipe)[1] == TEXT
+    assert recipes.read(recipe)[1] == TEXT
 
 
 def test_later_overrides_win(recipe: Path):
-    assert config.read(recipe, ["steps=4", "steps=5"])[0].steps == 5
+    assert recipes.read(recipe, ["steps=4", "steps=5"])[0].steps == 5
 
 
-@pytest.mark.parametrize("name", config.recipes())
+@pytest.mark.parametrize("name", recipes.packaged())
 def test_resolved_recipes_read_as_themselves(name: str):
     """resolved.json holds every field, and is a recipe again."""
-    parsed, _ = config.read(name)
-    assert config.parse(parsed.model_dump(mode="json")) == parsed
+    parsed, _ = recipes.read(name)
+    assert recipes.parse(parsed.model_dump(mode="json")) == parsed
 
 
 def test_configs_are_frozen(recipe: Path):
-    parsed, _ = config.read(recipe)
+    parsed, _ = recipes.read(recipe)
     with pytest.raises(ValueError, match="frozen"):
         parsed.steps = 9  # type: ignore[misc]
 
 
 def test_every_field_at_fault_is_named_once():
     with pytest.raises(ConfigError) as caught:
-        config.parse(
+        recipes.parse(
             RAW
             | {"steps": 0, "student": {}, "task": RAW["task"] | {"digits": [9]}, "method": RAW["method"] | {"beta": -1}}
         )
@@ -91,10 +91,10 @@ TABLES = st.sampled_from([*config.Config.model_fields, "extra"])
 def test_nonsense_is_a_config_error(value: object, table: str):
     """Whatever stands in a table, the answer is a Config or a ConfigError, never another exception."""
     with contextlib.suppress(ConfigError):
-        assert isinstance(config.parse(RAW | {table: value}), config.Config)
+        assert isinstance(recipes.parse(RAW | {table: value}), config.Config)
 
 
 @given(st.text(max_size=12))
 def test_any_override_is_taken_or_refused(override: str):
     with contextlib.suppress(ConfigError):
-        config.read("demo-opd", [override])
+        recipes.read("demo-opd", [override])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.config import recipes
+from potstill.recipes import packaged
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,4 +44,4 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
 
 def test_recipe_in_the_readme_is_the_packaged_one() -> None:
     shown = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert recipes()["demo-omniopd"].read_text(encoding="utf-8") in shown
+    assert packaged()["demo-omniopd"].read_text(encoding="utf-8") in shown

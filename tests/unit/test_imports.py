@@ -20,7 +20,7 @@ LAYERS = [
     {"batch", "select", "verifiers", "tasks", "lab"},
     {
         *("methods", "split", "decode", "models", "align", "wire", "serve"),
-        *("teachers", "samplers", "registry", "catalogue", "config"),
+        *("teachers", "samplers", "registry", "catalogue", "config", "recipes"),
     },
     {"learners", "geometry", "evaluate", "record", "spent", "stop", "report", "progress"},
     {"checks", "build"},
@@ -111,9 +111,17 @@ def test_methods_know_no_back_end():
     for module, path in modules().items():
         if module.startswith("methods."):
             known = {name.partition(".")[0] for name in ours(path)}
-            assert not known & {"models", "decode", "teachers", "samplers", "learners", "config", "loop", "batch"}, (
-                module
-            )
+            assert not known & {
+                "models",
+                "decode",
+                "teachers",
+                "samplers",
+                "learners",
+                "config",
+                "recipes",
+                "loop",
+                "batch",
+            }, module
             others = {name for name in ours(path) if name.startswith("methods.")} - {
                 "methods.audited",
                 "methods.base",
@@ -122,7 +130,20 @@ def test_methods_know_no_back_end():
             assert not others, f"{module} imports another method: {others}"
 
 
-LIGHT = {"cli", "run", "config", "registry", "catalogue", "metrics", "report", "logged", "tasks", "lab", "comparison"}
+LIGHT = {
+    "cli",
+    "run",
+    "config",
+    "recipes",
+    "registry",
+    "catalogue",
+    "metrics",
+    "report",
+    "logged",
+    "tasks",
+    "lab",
+    "comparison",
+}
 TRAINING = {"lab.build", "lab.train", "lab.evaluate", "lab.tokenizers"}
 
 
@@ -134,7 +155,7 @@ def test_light_modules_import_nothing_heavy(module: str):
 def test_import_potstill_leaves_torch_alone():
     code = f"""
 import sys
-import potstill, potstill.cli, potstill.config, potstill.metrics, potstill.report, potstill.tasks, potstill.demo
+import potstill, potstill.cli, potstill.config, potstill.recipes, potstill.metrics, potstill.report, potstill.tasks, potstill.demo
 heavy = {HEAVY!r} & sys.modules.keys()
 assert not heavy, heavy
 assert callable(potstill.load_run)

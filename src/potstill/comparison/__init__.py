@@ -38,7 +38,7 @@ def compare(
     """Train every variant with every seed, or what is left of that, and compare them.
 
     Args:
-        recipe: As for `potstill.config.read`; its [variants] are what `methods` may name.
+        recipe: As for `potstill.recipes.read`; its [variants] are what `methods` may name.
         methods: Variants or methods, optionally with fields: `omniopd:beta=0:learner.lr=3e-4`. Empty: all variants.
         seeds: Of the runs; the same for each variant.
         overrides: `key=value` for all variants.
@@ -97,10 +97,10 @@ def _check(asked: plan.Plan, labels: Sequence[str]) -> dict[str, dict[str, Any]]
 
 def _checked(tables: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe, without the teacher and the reference model if its method asks none."""
-    from potstill import checks, config
+    from potstill import checks, recipes
 
-    recipe = config.without_unused(tables)
-    parsed = config.parse(recipe)
+    recipe = recipes.without_unused(tables)
+    parsed = recipes.parse(recipe)
     if parsed.eval.questions == 0:
         raise ConfigError("eval.questions = 0 asks nothing, so there is nothing to compare. Set it to 256, say")
     checks.check(parsed)

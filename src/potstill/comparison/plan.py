@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from potstill import config, registry
+from potstill import config, recipes, registry
 from potstill.errors import ConfigError, unknown
 
 Tables = dict[str, Any]
@@ -64,7 +64,7 @@ class Plan:
 
     def changes(self, label: str) -> list[tuple[str, Any, Any]]:
         """(field, in the recipe, in the variant) wherever they differ; None where it is not set."""
-        a, b = config.flat(self.base), config.flat(self.variants[label])
+        a, b = recipes.flat(self.base), recipes.flat(self.variants[label])
         return [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
@@ -72,11 +72,11 @@ def make(
     recipe: str | Path, methods: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], budget: str | None
 ) -> Plan:
     """Read the recipe and lay out what to run. Raises ConfigError."""
-    base, variants, text = config.tables(recipe)
+    base, variants, text = recipes.tables(recipe)
     limit = None if budget is None else parse_budget(budget)
     for override in overrides:
         _check_override(override, limit is not None)
-        config._apply(base, override)
+        recipes._apply(base, override)
     entries = list(methods) or list(variants)
     if not entries:
         raise ConfigError(
@@ -141,7 +141,7 @@ def folder_name(label: str) -> str:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """`learner.lr (0.001 there, 0.002 now)` for every field in which two recipes differ."""
-    x, y = config.flat(a), config.flat(b)
+    x, y = recipes.flat(a), recipes.flat(b)
 
     def shown(table: Mapping[str, Any], key: str) -> str:
         return repr(table[key]) if key in table else "not set"
@@ -154,15 +154,15 @@ def _variant(entry: str, base: Tables, variants: Mapping[str, Tables], overrides
     name, *fields = re.split(r":(?=[A-Za-z_][\w.]*=)", entry)
     known = {**variants, **registry.methods()}
     if name in variants:
-        out = config.merged(base, variants[name])
+        out = recipes.merged(base, variants[name])
         for override in overrides:  # what is said on the command line wins over the recipe's own variant
-            config._apply(out, override)
+            recipes._apply(out, override)
     elif name in known or ".py:" in name:
-        out = config.merged(base, {"method": {"name": name}})
+        out = recipes.merged(base, {"method": {"name": name}})
     else:
         raise ConfigError(f"--methods: {unknown('variant or method', name, known)}. Fields follow as NAME:key=value")
     for field in fields:
-        config._apply(out, field if _is_table(field) else f"method.{field}")
+        recipes._apply(out, field if _is_table(field) else f"method.{field}")
     return out
 
 
@@ -197,7 +197,7 @@ def _check_override(override: str, budgeted: bool) -> None:
 def _check_shared(variants: Mapping[str, Tables]) -> None:
     first, *others = variants
     for label in others:
-        a, b = config.flat(variants[first]), config.flat(variants[label])
+        a, b = recipes.flat(variants[first]), recipes.flat(variants[label])
         for key in dict.fromkeys([*a, *b]):
             shared = key.partition(".")[0] in SHARED or key == "rollouts.max_tokens"
             if shared and not key.startswith("student.lora") and a.get(key) != b.get(key):

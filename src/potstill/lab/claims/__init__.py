@@ -20,11 +20,11 @@ from typing import Any
 from rich.console import Console
 
 from potstill.comparison import compare
-from potstill.config import tables as recipe_tables
 from potstill.lab.claims.evidence import METHODS, Evidence
 from potstill.lab.claims.paper import claims as claims_of
 from potstill.lab.claims.rules import Claim, interval, verdict
 from potstill.lab.claims.tables import Table, tables
+from potstill.recipes import tables as recipe_tables
 from potstill.run import Run, write_whole
 
 RECIPES = ("lab-geometry", "lab-geometry-controls", "lab-geometry-projected")
