@@ -195,6 +195,16 @@ def test_faulty_data(here: Path, potstill: Command):
     assert not (here / "runs").exists()
 
 
+def test_packing_that_would_have_no_effect(here: Path, potstill: Command):
+    (here / "mine.py").write_text(
+        "from typing import ClassVar\nfrom potstill.methods.sft import SFT\n\n\n"
+        "class Whole(SFT):\n    per_token: ClassVar[bool] = False\n"
+    )
+    overrides = ("method.name=mine.py:Whole", "learner.packed=true")
+    refused(potstill("train", "tiny.toml", *overrides), "learner.packed", "no effect", "whole answers", "micro_tokens")
+    assert not (here / "runs").exists()
+
+
 def test_folders_that_are_no_model(here: Path, potstill: Command):
     (here / "empty").mkdir()
     refused(potstill("train", "tiny.toml", "student.path=./empty"), "./empty", "causal language model", "config.json")
