@@ -106,7 +106,7 @@ def _load_teacher(config: Config, method: Method, student: Tokens, folder: Path)
     if isinstance(t, Potstill):
         return served.load(t, student, device=device(t.device), hides=hides)
     if not isinstance(t, Teacher):
-        return remote.load(t, student, folder, config.name)
+        return remote.load(t, student, folder, config.name, config.seed)
     loaded = models.load(t.path, dtype=t.dtype, device=device(t.device), eos=t.eos)
     how = Decoding(temperature=t.temperature, top_p=t.top_p, cells=t.batch_cells)
     return HFTeacher(

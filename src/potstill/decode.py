@@ -16,8 +16,8 @@ the cache. A sliding window counts columns, so with such a model only rows that 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class Written:
     """Tokens of the prefix that were read as part of the trunk."""
 
 
-Ended = Callable[[Row, Callable[[], Written]], object]
-"""Is told of a row that is over, and where to get what was written; what it raises ends all writing."""
+Ended = Callable[[Row, Written], object]
+"""Is told of a row that is over, and what was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +87,12 @@ def write(
     how: Decoding = Decoding(),
     fast: bool = True,
     ended: Ended | None = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> list[Written]:
     """Continue every row until it ends or reaches its limit. Same seeds, same text, whatever the tiling.
 
     `fast` off: by the model's own forward pass, even where `potstill.lean` knows the model. `ended` is called with each row
-    as soon as it is over, while others still are written.
+    as soon as it is over, while others still are written. Where nothing is `wanted` any more it raises CancelledError.
     """
     if not rows:
         return []
@@ -108,7 +109,7 @@ def write(
             for tile in cut(rows, order, shared, how.cells, max(WIDE // vocab, 1), apart=apart, alike=narrow):
                 some, begun = [rows[i] for i in tile], [shared[i] for i in tile]
                 at = reader(model, lean, trunks, some, begun, vocab, apart)
-                out |= zip(tile, _Tile(at, some, begun, eos, how, ended).run(), strict=True)
+                out |= zip(tile, _Tile(at, some, begun, eos, how, ended, wanted).run(), strict=True)
     finally:
         model.train(was_training)
     return [out[i] for i in range(len(rows))]
@@ -249,9 +250,10 @@ class _Tile:
         eos: Sequence[int],
         how: Decoding,
         ended: Ended | None,
+        wanted: Callable[[], bool],
     ):
         self.reader, self.rows, self.shared, self.eos, self.how = reader, rows, shared, set(eos), how
-        self.ended = ended
+        self.ended, self.wanted = ended, wanted
         self.pending = [r.prefix[s:] for r, s in zip(rows, shared, strict=True)]
         self.first = [len(p) - 1 for p in self.pending]
         self.last = [f + r.limit - 1 for f, r in zip(self.first, rows, strict=True)]
@@ -260,36 +262,47 @@ class _Tile:
         for i, r in enumerate(rows):
             draws[self.first[i] : self.last[i] + 1, i] = uniforms(r.seed, r.limit)
         self.draws = torch.from_numpy(draws).to(reader.device)
-        self.said: list[tuple[list[int], list[tuple[Tensor, ...]]]] = []
-        """Spells in which the batch stayed the same: its rows, and tokens, log-probs and entropies of each step."""
+        self.said: list[tuple[list[int], list[np.ndarray]]] = []
+        """Spells in which the batch stayed the same: its rows, and tokens, log-probs and entropies, [steps, rows] each."""
 
     def run(self) -> list[Written]:
         """Step by step until every row is over."""
         alive, over = list(range(len(self.rows))), set[int]()  # rows; which places among them are idle
         steps: list[tuple[Tensor, ...]] = []
-        self.said.append((alive, steps))
         token = torch.zeros(len(alive), dtype=torch.long, device=self.reader.device)
         draws = self.draws
         for step in range(len(draws)):
+            if not self.wanted():
+                raise CancelledError
             token = self._given(step, alive, token)
             steps.append(_draw(self.reader.read(token), draws[step], self.how))
             token = steps[-1][0]
+            new = []
             for at, (row, t) in enumerate(zip(alive, token.tolist(), strict=True)):
                 if at not in over and step >= self.first[row] and (t in self.eos or step == self.last[row]):
                     over.add(at)
+                    new.append(row)
                     self.last[row] = step
                     self.finish[row] = "stop" if t in self.eos else "length"
-                    if self.ended:
-                        self.ended(self.rows[row], partial(self._one, row))
+            if new and self.ended:
+                steps = self._keep(alive, steps)
+                for row, written in zip(new, self._collect(new), strict=True):
+                    self.ended(self.rows[row], written)
             if len(over) * LEAVE >= len(alive):
+                steps = self._keep(alive, steps)
                 keep = _closed(len(alive), over)
                 if not keep:
                     break
                 self.reader.keep(keep)
                 at_ = torch.tensor(keep, device=token.device)
-                token, draws, alive, over, steps = token[at_], draws[:, at_], [alive[i] for i in keep], set(), []
-                self.said.append((alive, steps))
+                token, draws, alive, over = token[at_], draws[:, at_], [alive[i] for i in keep], set()
         return self._collect(range(len(self.rows)))
+
+    def _keep(self, alive: list[int], steps: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        """Write down the steps of these rows; none are left."""
+        if steps:
+            self.said.append((alive, [torch.stack(parts).cpu().numpy() for parts in zip(*steps, strict=True)]))
+        return []
 
     def _given(self, step: int, alive: Sequence[int], token: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         """The rows' own beginnings, one token at each step, in place of what was drawn."""
@@ -301,22 +314,16 @@ class _Tile:
             token = token.index_copy(0, where, torch.tensor(list(given.values()), device=token.device))
         return token
 
-    def _one(self, row: int) -> Written:
-        return self._collect([row])[0]
-
     def _collect(self, rows: Sequence[int]) -> list[Written]:
         """What these rows, which are over, came to."""
         size = (max(self.last[r] for r in rows) + 1, len(rows))
         ids, logp, entropy = np.zeros(size, np.int64), np.zeros(size, np.float32), np.zeros(size, np.float32)
         column, end = {r: i for i, r in enumerate(rows)}, 0
-        for alive, steps in self.said:
-            start, end = end, end + len(steps)
-            here = [(at, column[r]) for at, r in enumerate(alive) if r in column]
-            if not here:
-                break
-            at, into = map(list, zip(*here, strict=True))
-            said = [torch.stack(parts)[:, at].cpu().numpy() for parts in zip(*steps, strict=True)]
-            ids[start:end, into], logp[start:end, into], entropy[start:end, into] = said
+        for alive, said in self.said:
+            start, end = end, end + len(said[0])
+            if here := [(at, column[r]) for at, r in enumerate(alive) if r in column]:
+                at, into = map(list, zip(*here, strict=True))
+                ids[start:end, into], logp[start:end, into], entropy[start:end, into] = (part[:, at] for part in said)
         return [
             Written(
                 ids=tuple(ids[self.first[r] : self.last[r] + 1, i].tolist()),

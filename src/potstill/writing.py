@@ -12,10 +12,12 @@ If not written ahead, answers that are over are told to a teacher that can begin
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from potstill.build import Parts
 from potstill.config import Config
+from potstill.errors import PotstillError
 from potstill.record import degenerate
 from potstill.samplers.ahead import AheadSampler
 from potstill.samplers.hf import HFSampler
@@ -68,6 +70,7 @@ class Writing:
         """Give up what is being written and asked."""
         if self._coming is not None:
             self._coming.cancel()
+            await asyncio.wait([self._coming])  # it hears of it at the next pause
             self._coming = None
         if isinstance(self.parts.teacher, Expecting):
             await self.parts.teacher.forget()
@@ -111,7 +114,8 @@ class Writing:
             return await parts.sampler.sample(prompts, config.rollouts.group, turn)
 
         def ended(rollout: Rollout) -> None:
-            teacher.expect([ask for ask in parts.method.asks(judged(rollout)) if ask.of == "teacher"])
+            with suppress(PotstillError):  # it comes up again when all are written
+                teacher.expect([ask for ask in parts.method.asks(judged(rollout)) if ask.of == "teacher"])
 
         return await parts.sampler.sample(prompts, config.rollouts.group, turn, ended=ended)
 

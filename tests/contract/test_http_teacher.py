@@ -155,8 +155,7 @@ def test_no_two_questions_share_a_seed(tmp_path: Path) -> None:
         answers(by, *(go_on(LONG, start, n=3, length=2) for start in (3, 4, 5, 9)))
         seeds = [s.body["seed"] + i for s in server.seen if "seed" in s.body for i in range(s.body["n"])]
     assert len(seeds) == len(set(seeds)) == 12
-    assert first_seed(go_on(LONG, 4), 6) - first_seed(go_on(LONG, 3), 6) == 6
-    assert first_seed(go_on(replace(LONG, seed=8), 3), 6) != first_seed(go_on(LONG, 3), 6)
+    assert len({first_seed(run, question) for run in (0, 1) for question in "ab"}) == 4
 
 
 def test_a_trajectory_goes_to_one_server_in_ascending_order(tmp_path: Path) -> None:

@@ -21,13 +21,16 @@ from potstill.writing import Writing
 METHODS = {
     "omniopd": "method={name='omniopd', chunks=2, continuations=3, chunk_length=3, similarity='exact'}",
     "sampled_kl": "method.name=sampled_kl",
+    "of common beginnings": (
+        "method={name='omniopd', chunks=2, continuations=3, chunk_length=1, similarity='exact', scheduler='uniform'}"
+    ),
 }
 
 
 def behind(url: str, *overrides: str, **fields: Any) -> Any:
     more = "".join(f", {key}={value!r}" for key, value in fields.items())
     table = f"teacher={{kind='http', base_url='{url}/v1', tokenizer='lab/teacher'{more}}}"
-    return parsed("steps=2", "rollouts={prompts=6, group=2, max_tokens=48}", table, *overrides)
+    return parsed("steps=2", "rollouts={prompts=3, group=6, max_tokens=48}", table, *overrides)
 
 
 def train(config: Any, at: Path) -> list[dict[str, Any]]:
@@ -42,10 +45,25 @@ def test_asking_early_changes_no_number(name: str, tmp_path: Path, monkeypatch: 
         if not early:
             monkeypatch.setattr(Asking, "expect", lambda self, asks: None)
         with serving(Completions(load("lab/teacher"))) as server:
-            rows[early] = train(behind(server.url, METHODS[name], f"name=early-{early}"), tmp_path)
-            asked[early] = sorted(str(s.body["prompt"]) for s in server.answered if "prompt" in s.body)
+            chance = {} if name == "sampled_kl" else {"temperature": 3.0}
+            rows[early] = train(behind(server.url, METHODS[name], f"name=early-{early}", **chance), tmp_path)
+            asked[early] = sorted(str((s.body["prompt"], s.body.get("seed"))) for s in server.answered if s.body)
     assert rows[True] == rows[False]
     assert asked[True] == asked[False]
+
+
+def test_the_end_of_a_budget_is_no_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The answers that are learnt from in the last step are not those that ended first."""
+    rows = {}
+    for early in (True, False):
+        if not early:
+            monkeypatch.setattr(Asking, "expect", lambda self, asks: None)
+        with serving(Completions(load("lab/teacher"))) as server:
+            fields = {"max_teacher_tokens": 400, "in_flight": 1, "temperature": 3.0}
+            config = behind(server.url, METHODS["of common beginnings"], "steps=3", f"name=early-{early}", **fields)
+            rows[early] = train(config, tmp_path)
+    assert rows[True] == rows[False]
+    assert len(rows[True]) == 1
 
 
 def test_questions_are_asked_before_feedback_is_asked_for(tmp_path: Path):

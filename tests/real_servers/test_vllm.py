@@ -21,7 +21,7 @@ from potstill.ledger import Ledger
 from potstill.models import Loaded, load
 from potstill.seeds import derive
 from potstill.teachers.asking import first_seed
-from potstill.teachers.http import PLAIN, STRIDE, HTTPTeacher, meet
+from potstill.teachers.http import PLAIN, HTTPTeacher, meet
 from potstill.teachers.settings import HTTP
 from potstill.types import Ask, Prompt, Rollout, Wants
 
@@ -122,7 +122,7 @@ def test_each_prefix_is_computed_once(server: Running, tmp_path: Path, lab: Load
 
 
 def test_draws_have_the_seeds_they_are_counted_to_have(server: Running, lab: Loaded) -> None:
-    """n samples of one request are those of n requests with consecutive seeds, on which the stride between chunks rests."""
+    """n samples of one request are those of n requests with consecutive seeds, on which the draws of a question rest."""
     r = long_rollout(lab, "seeds", 40)
 
     def texts(seed: int, n: int) -> list[str]:
@@ -140,7 +140,8 @@ def test_no_two_chunks_share_a_stream(server: Running, tmp_path: Path, lab: Load
     r = replace(long_rollout(lab, "streams", 400), seed=derive(0, "seed", "streams"))
     asks = [Ask(rollout=r, view=r.prompt, wants=Wants.TEXT, start=100 + i, length=30, n=4) for i in range(12)]
     by = teacher(server, tmp_path, lab, temperature=2.0)
-    seeds = [first_seed(a, STRIDE) + i for a in asks for i in range(a.n * (1 + by.redraws))]
+    first = [first_seed(by.seed, by.prepare(a).question.key) for a in asks]
+    seeds = [seed + i for seed in first for i in range(4 * (1 + by.redraws))]
     assert len(set(seeds)) == len(seeds)
     texts = [text for f in asyncio.run(by.feedback(asks)) for text in f.texts]
     assert len(set(texts)) == len(texts) == 48

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from tests.e2e.small import Command, command
 
 from potstill.errors import BudgetEnded, CheckpointError, ConfigError
 from potstill.ledger import Answer, Ledger, Question, Request, connect, rows, summary
-from potstill.teachers.asking import address, first_seed, runs
+from potstill.teachers.asking import DRAWS, address, first_seed, runs
 from potstill.teachers.line import Failed, Purse, Reply, asked_to_wait, used_up
 from potstill.teachers.prices import Price, read_prices
 from potstill.types import Ask, Wants
@@ -243,13 +242,10 @@ def test_an_address_names_what_is_asked_and_nothing_else() -> None:
     assert len({same[0], *map(address, others)}) == 5
 
 
-@given(st.integers(0, 2**40), st.integers(1, 20), st.lists(st.integers(0, 5000), unique=True, max_size=20))
-def test_seeds_of_one_rollout_never_meet(seed: int, stride: int, anchors: list[int]) -> None:
-    r = replace(LONG, seed=seed)
-    drawn = [
-        (first_seed(replace(go_on(start), rollout=r), stride) + i) % 2**31 for start in anchors for i in range(stride)
-    ]
-    assert len(set(drawn)) == len(drawn)
+@given(st.integers(0, 2**40), st.text())
+def test_seeds_are_those_that_servers_take(run: int, question: str) -> None:
+    assert 0 <= first_seed(run, question) < 2**31 - DRAWS
+    assert first_seed(run, question) == first_seed(run, question) != first_seed(run + 1, question)
 
 
 @given(st.sets(st.integers(0, 30)))

@@ -10,7 +10,9 @@ With S = softmax(z), m = beta T + (1 - beta) S and D as in `potstill.divergence`
 token some probability, the teacher may not.
 """
 
-from importlib.util import find_spec
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +20,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-TRITON = find_spec("triton") is not None
+Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+@cache
+def _kernel(device: torch.device) -> Kernel | None:
+    """The kernel, if it runs there: Triton may be missing, or the C compiler that it calls at its first launch."""
+    try:
+        from potstill.learners.kernel import matched as kernel
+
+        for beta in (0.0, 0.5, 1.0):
+            kernel(torch.zeros(1, 2, device=device), torch.zeros(1, 2, device=device), beta)
+    except Exception as error:
+        warnings.warn(f"divergences are computed without the Triton kernel, more slowly: {error}", stacklevel=2)
+        return None
+    return kernel
 
 
 class _Matched(torch.autograd.Function):
@@ -30,10 +46,8 @@ class _Matched(torch.autograd.Function):
         teacher_logp: Float[Tensor, "*batch V"],
         beta: float,
     ) -> Float[Tensor, "*batch"]:
-        if logp.is_cuda and logp.dtype == torch.float32 and TRITON:
-            from potstill.learners import kernel
-
-            value, ctx.gradient = kernel.matched(logp, teacher_logp, beta)
+        if logp.is_cuda and logp.dtype == torch.float32 and (kernel := _kernel(logp.device)):
+            value, ctx.gradient = kernel(logp, teacher_logp, beta)
             return value
         s = logp.exp()
         if beta == 1:

@@ -7,6 +7,7 @@ As operations of torch, every term would be a tensor as large as the logits, wri
 for CUDA. With TRITON_INTERPRET=1 the kernel also runs on a CPU, slowly: so it is tested where there is no GPU.
 """
 
+from contextlib import nullcontext
 from typing import no_type_check
 
 import torch
@@ -69,7 +70,8 @@ def matched(
     logp, teacher_logp = logp.contiguous(), teacher_logp.contiguous()
     value, gradient = logp.new_empty(logp.shape[:-1]), torch.empty_like(logp)
     if value.numel():
-        _row[(value.numel(),)](
-            logp, teacher_logp, value, gradient, logp.shape[-1], BETA=float(beta), BLOCK=BLOCK, num_warps=8
-        )
+        tensors, how = (logp, teacher_logp, value, gradient), {"BETA": float(beta), "BLOCK": BLOCK, "num_warps": 8}
+        # A launch goes to the current device, which need not be the tensors'.
+        with torch.cuda.device(logp.device) if logp.is_cuda else nullcontext():
+            _row[(value.numel(),)](*tensors, logp.shape[-1], **how)
     return value, gradient

@@ -93,8 +93,9 @@ class LocalLearner:
         if self.subspace and not self.subspace.bases and done >= self.subspace.config.at:
             self._confine(targets)
         terms = method.terms(targets, step)
-        compared = self._cosine(*terms, method) if terms else {}
-        torch.manual_seed(derive(self.seed, step, "dropout"))
+        dropout = derive(self.seed, step, "dropout")
+        compared = self._cosine(*terms, method, dropout) if terms else {}
+        torch.manual_seed(dropout)
         for update in range(self.config.updates):
             rows.append(self._gradient(targets, method, step, update))
             self._step()
@@ -183,11 +184,12 @@ class LocalLearner:
         loss.backward()
         yield {"loss": loss.detach(), **seen}
 
-    def _cosine(self, a: Sequence[Target], b: Sequence[Target], method: Method) -> dict[str, float]:
+    def _cosine(self, a: Sequence[Target], b: Sequence[Target], method: Method, dropout: int) -> dict[str, float]:
         """Cosine of the gradients of the loss on two versions of the targets; nothing if one of them is zero."""
         moving = [p for p in self.model.parameters() if p.requires_grad]
         found: list[Tensor] = []
         for targets in (a, b):
+            torch.manual_seed(dropout)
             self._backward(targets, method)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in moving]
             found.append(torch.cat([g.flatten() for g in grads]).double().cpu())

@@ -43,18 +43,13 @@ class HFSampler:
         thread writes. With `ended` too, and this event loop calls it with each answer as soon as that is over.
         """
         if not apart and ended is None:
-            return self._written(prompts, n, turn, guides, None)
+            return self._written(prompts, n, turn, guides)
         loop, threads, given_up = asyncio.get_running_loop(), torch.get_num_threads(), threading.Event()
-
-        def over(finished: Callable[[], Rollout]) -> None:
-            if given_up.is_set():
-                raise asyncio.CancelledError
-            if ended:
-                loop.call_soon_threadsafe(ended, finished())
+        over = None if ended is None else lambda r: loop.call_soon_threadsafe(ended, r)
 
         def write() -> list[list[Rollout]]:
             torch.set_num_threads(threads)  # each thread has its own number
-            return self._written(prompts, n, turn, guides, over)
+            return self._written(prompts, n, turn, guides, over, lambda: not given_up.is_set())
 
         try:
             return await asyncio.to_thread(write)
@@ -68,7 +63,8 @@ class HFSampler:
         n: int,
         turn: Turn,
         guides: Sequence[tuple[int, ...]],
-        over: Callable[[Callable[[], Rollout]], None] | None,
+        over: Told | None = None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> list[list[Rollout]]:
         tokens = self.loaded.tokens
         guides = guides or [()] * len(prompts)
@@ -93,7 +89,8 @@ class HFSampler:
             vocab=tokens.vocab,
             eos=tokens.eos,
             how=self.how,
-            ended=(lambda row, w: over(lambda: rollout(row, w()))) if over else None,
+            ended=(lambda row, w: over(rollout(row, w))) if over else None,
+            wanted=wanted,
         )
         done = iter(map(rollout, rows, written))
         return [[next(done) for _ in range(n)] for _ in prompts]

@@ -24,13 +24,17 @@ from potstill.models import Tokens, written_ids
 from potstill.seeds import derive
 from potstill.teachers.continuation import judge
 from potstill.teachers.keys import Key
-from potstill.teachers.line import Line, Reply
+from potstill.teachers.line import Line, Purse, Reply
 from potstill.types import Ask, Feedback, Finish, Usage, Wants
 
 SLACK = 1.5
 """Teacher tokens asked for per student token, where the tokenizers differ: text is cut afterwards, not before."""
 SEEDS = 2**31
 """Seeds that every server takes."""
+DRAWS = 1024
+"""Of one question, at most."""
+AHEAD = 4
+"""Steps like the last that must be affordable for questions to be asked early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +67,12 @@ def digest(what: Any) -> str:
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def first_seed(ask: Ask, stride: int) -> int:
-    """Seed of draw 0; draw i has the i-th after it. Questions about one rollout share none: anchors lie `stride` apart."""
-    return (derive(ask.rollout.seed, "teacher") + stride * ask.start) % SEEDS
+def first_seed(run: int, question: str) -> int:
+    """Seed of draw 0, from those of the run and the question's key; draw i has the i-th after it.
+
+    Several answers may come to one question, and which of them is first depends on the network. So it is not theirs.
+    """
+    return derive(run, "teacher", question) % (SEEDS - DRAWS)
 
 
 def runs(draws: Sequence[int]) -> list[list[int]]:
@@ -101,6 +108,7 @@ class Asking:
         self._begun = set[asyncio.Task[None]]()
         self._stack = AsyncExitStack()
         self._opened: asyncio.Task[Line | None] | None = None
+        self._spent: list[tuple[int, float]] = []  # in tokens and money, before this step and before the last
 
     @property
     def offers(self) -> Wants:
@@ -127,16 +135,18 @@ class Asking:
         return self._opened
 
     async def _leave(self) -> None:
-        """Hang up, unless questions of the next step are under way."""
-        if not self._begun:
-            stack, self._stack, self._opened = self._stack, AsyncExitStack(), None
-            self._locks.clear()
-            await stack.aclose()
+        """Hang up."""
+        stack, self._stack, self._opened = self._stack, AsyncExitStack(), None
+        self._locks.clear()
+        await stack.aclose()
 
     def expect(self, asks: Sequence[Ask]) -> None:
-        """Begin with questions about one rollout that `feedback` will be asked soon. Problems come up again then."""
+        """Begin with questions about one rollout that `feedback` will be asked soon. Problems come up again then.
+
+        Not where the budget might end with this step: what is left of it would go to the answers that end first.
+        """
         if self.asks and asks:
-            task = asyncio.create_task(self._begin(asks))
+            task = asyncio.create_task(self._begin(asks, first=not self._begun and self._opened is None))
             self._begun.add(task)
             task.add_done_callback(self._begun.discard)
 
@@ -149,11 +159,23 @@ class Asking:
         if self._opened is not None:
             await self._leave()
 
-    async def _begin(self, asks: Sequence[Ask]) -> None:
+    async def _begin(self, asks: Sequence[Ask], *, first: bool) -> None:
         with suppress(PotstillError):
             line = await self._joined()
+            assert line is not None
+            if first:
+                self._spent = [(line.purse.tokens, line.purse.cost), *self._spent[:1]]
+            if not self._affords(line.purse):
+                return
             for ask in sorted(asks, key=lambda a: a.start):
                 await self._drawn(line, self.prepare(ask))
+
+    def _affords(self, purse: Purse) -> bool:
+        """Whether there is enough for several steps like the last."""
+        if not purse.limited or len(self._spent) < 2:
+            return not purse.limited
+        (tokens, cost), (tokens_before, cost_before) = self._spent
+        return purse.has(AHEAD * (tokens - tokens_before), AHEAD * (cost - cost_before))
 
     async def feedback(self, asks: Sequence[Ask]) -> list[Feedback]:
         """One answer per question that got one, in the order of the questions.
@@ -178,6 +200,7 @@ class Asking:
         try:
             line = await self._joined()
             done = await asyncio.gather(*(in_order(line, mine) for mine in about.values()), return_exceptions=True)
+            await asyncio.gather(*self._begun, return_exceptions=True)  # whatever was sent is paid for, and so kept
         finally:
             await self._leave()
         if self.asks:

@@ -21,7 +21,7 @@ from potstill.errors import ModelError, TeacherError
 from potstill.ledger import Ledger, Question
 from potstill.models import Tokens, same_tokenizer
 from potstill.seeds import derive
-from potstill.teachers.asking import SLACK, Asking, Prepared, address, asker, digest, first_seed, runs
+from potstill.teachers.asking import DRAWS, SLACK, Asking, Prepared, address, asker, digest, first_seed, runs
 from potstill.teachers.keys import Key, read_key
 from potstill.teachers.line import Failed, Line, Purse, Reply
 from potstill.teachers.prices import Price
@@ -34,8 +34,6 @@ PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Against the samplers that servers switch on by themselves, or read from the model's generation_config.json."""
 TOO_MANY = re.compile(r"['\"`]n['\"`]|\bn must\b")
 """How a server complains of n."""
-STRIDE = 1024
-"""Seeds between two tokens of a rollout: more than draws of one question."""
 PROBE = "The quick brown fox, 12*34=408"
 
 
@@ -53,13 +51,14 @@ class HTTPTeacher(Asking):
         shows: Shows,
         key: Key,
         price: Price | None = None,
+        seed: int = 0,
     ):
         super().__init__(model, student, ledger, redraws=settings.redraws, max_unanswered=settings.max_unanswered)
         self.settings, self.own, self.model, self.shows, self.key, self.price = settings, own, model, shows, key, price
-        self.temperature = settings.temperature
+        self.temperature, self.seed = settings.temperature, seed
         self.foreign = settings.text_only or same_tokenizer(student, own) is not None
         self.aligner = Aligner(student, own) if settings.align else None
-        self.most = STRIDE
+        self.most = DRAWS
         """Samples that the server gives to one request; llama.cpp has no more than slots."""
 
     @property
@@ -147,7 +146,7 @@ class HTTPTeacher(Asking):
             "n": len(draws),
             "temperature": s.temperature,
             "top_p": s.top_p,
-            "seed": first_seed(ask, STRIDE) + draws[0],
+            "seed": first_seed(self.seed, prepared.question.key) + draws[0],
             **PLAIN,
         }
 

@@ -142,6 +142,16 @@ class Purse:
         finally:
             self.tokens, self.cost = self.tokens - read - written, self.cost - cost
 
+    def has(self, tokens: int, cost: float) -> bool:
+        """Whether so much more may be spent."""
+        enough = self.max_tokens is None or self.tokens + tokens <= self.max_tokens
+        return enough and (self.max_cost is None or self.cost + cost <= self.max_cost)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is an end to it."""
+        return self.max_tokens is not None or self.max_cost is not None
+
     def pay(self, reply: Reply) -> None:
         """Book what a request really took."""
         self.tokens += reply.read + reply.written

@@ -53,8 +53,8 @@ def price_of(config: Remote) -> Price | None:
     return price
 
 
-def load(config: Remote | Replay, student: Tokens, folder: Path, run: str) -> Asking:
-    """The teacher. Its ledger is in `folder`, the run's, unless the recipe says where. Raises PotstillError."""
+def load(config: Remote | Replay, student: Tokens, folder: Path, run: str, seed: int) -> Asking:
+    """The teacher of a run. Its ledger is in `folder`, the run's, unless the recipe says where. Raises PotstillError."""
     if isinstance(config, Replay):
         return ReplayTeacher(config, student)
     path = folder / NAME if config.ledger is None else ledger_path(config.ledger)
@@ -67,4 +67,4 @@ def load(config: Remote | Replay, student: Tokens, folder: Path, run: str) -> As
     own = models.load_tokens(config.tokenizer, config.eos)
     shared = not config.text_only and same_tokenizer(student, own) is None
     model, shows, key = asyncio.run(meet(config, own, shared or config.align))
-    return HTTPTeacher(config, student, own, ledger, model=model, shows=shows, key=key, price=price)
+    return HTTPTeacher(config, student, own, ledger, model=model, shows=shows, key=key, price=price, seed=seed)
