@@ -74,11 +74,7 @@ def build(config: Config, folder: Path | None = None) -> Parts:
         projection=config.projection,
     )
     if config.learner.packed and not (method.per_token and learner.split):
-        why = (
-            "this student reads texts in one row otherwise than alone"
-            if method.per_token
-            else "its loss is of whole answers"
-        )
+        why = "they get other logits there than alone" if method.per_token else "its loss is of whole answers"
         raise ConfigError(
             f"learner.packed = true would have no effect: {method.name} cannot train {s.path} on packed texts, as {why}. "
             "Remove it; learner.micro_tokens bounds memory as well"
