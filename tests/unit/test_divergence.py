@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from potstill.divergence import entropy, forward_kl, jsd, overlap, reverse_kl, with_rest
+from potstill.divergence import entropy, forward_kl, jsd, likeliest, overlap, reverse_kl, with_rest
 
 V = 4
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -146,6 +146,14 @@ def test_the_rest_of_everything_is_nothing_and_its_gradient_a_number(dtype: torc
     assert rest[-1] < math.log(1e-5)
     assert rest.isfinite().all()
     assert torch.autograd.grad(forward_kl(rest, rest.detach().flip(0)), p)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [5, 2_000, 4_096, 5_003, 32_000])
+def test_the_likeliest_are_those_of_the_whole_vocabulary(vocab: int) -> None:
+    logp = (3 * torch.randn(2, 7, vocab, generator=torch.Generator().manual_seed(vocab))).log_softmax(-1)
+    logp[..., : vocab // 5] = -math.inf
+    for k in (1, 3, 16)[: 1 + vocab // 1000]:
+        assert torch.equal(likeliest(logp, k), logp.topk(k, -1).indices)
 
 
 def test_overlap_by_hand() -> None:
