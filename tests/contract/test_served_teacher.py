@@ -435,7 +435,7 @@ BAD = {
     "nothing to write": ("/write", order(limit=0), 400, "greater than or equal to 1"),
     "nothing to go on from": ("/write", order(shared=0, own=[]), 400, "nothing to go on from"),
     "below zero": ("/write", order(temperature=-1), 400, "temperature"),
-    "no heat": ("/write", order(temperature=float("nan")), 400, "temperature"),
+    "nothing but heat": ("/write", order(temperature=float("inf")), 400, "temperature"),
     "no token": ("/write", order(top_p=0), 400, "top_p"),
     "more than all": ("/write", order(top_p=1.1), 400, "top_p"),
     "nowhere": ("/v1/completions", b"{}", 404, "POST /hidden"),
