@@ -144,7 +144,8 @@ class Hidden(serve.Server):
     def __init__(self, served: serve.Served, port: int, key: Key):
         self.faults: Callable[[int], int | None] = lambda _: None
         self.passed: list[Passed] = []
-        super().__init__(served, "127.0.0.1", port, key)
+        super().__init__("127.0.0.1", port, key)
+        self.served = served
         self.RequestHandlerClass = Overheard
 
     def of(self, path: str) -> list[Passed]:
@@ -165,6 +166,11 @@ class Overheard(serve.Handler):
             self._send(fault, b"told to")
         else:
             super()._respond(body)
+
+    def _gone(self) -> bool:
+        if gone := super()._gone():
+            self.server.passed.append(Passed(self.path, 0, self.read, 0))
+        return gone
 
     def _send(self, status: int, body: bytes, kind: str = "text/plain") -> None:
         self.server.passed.append(Passed(self.path, status, getattr(self, "read", 0), len(body)))

@@ -2,10 +2,12 @@
 
     ids, start  ->  h = body(ids)[start:]  [n, H]
 
-For a teacher that does not fit beside its student. One request is worked on at a time, as the model is one; the others wait.
+For a teacher that does not fit beside its student. One request is worked on at a time, as the model is one; the others wait,
+and one whose sender did not wait that long is dropped.
 """
 
 import hmac
+import socket
 import sys
 import threading
 import traceback
@@ -14,13 +16,14 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from potstill import wire
-from potstill.decode import Decoding, write
+from potstill.decode import Decoding, Row, write
 from potstill.errors import ConfigError, ModelError
 from potstill.models import Loaded, fingerprint
 from potstill.split import Split, Text
@@ -56,6 +59,7 @@ class Served:
             model=tokens.name,
             tokenizer=fingerprint(tokens),
             vocab=tokens.vocab,
+            width=split.head.module.in_features,
             context=tokens.context,
             cells=cells,
             scale=head.scale,
@@ -117,6 +121,17 @@ class Served:
                 400, f"{what} has the token {strange[0]}, but {about.model} has {about.vocab} tokens, from 0 on"
             )
 
+    def _writable(self, row: Row, what: str) -> None:
+        about, whole = self.about, len(row.prefix) + row.limit
+        if not row.prefix:
+            raise Refused(400, f"{what} has nothing to go on from: a prefix has at least one token")
+        if whole > about.context:
+            raise Refused(
+                400,
+                f"{what} asks for {row.limit} tokens after {len(row.prefix)}, which are {whole}, but {about.model} reads and "
+                f"writes {about.context} in all. Lower rollouts.max_tokens, or how much the method asks for at once",
+            )
+
     def write(self, body: bytes) -> bytes:
         """What the model writes after some prefixes: the log-probs and entropies of `decode.write` with it."""
         try:
@@ -128,32 +143,37 @@ class Served:
             self._readable(trunk, f"trunk {at}")
         for at, row in enumerate(rows):
             self._readable(row.prefix, f"row {at}")
-            if not row.prefix or not 1 <= row.limit <= self.about.context:
-                raise Refused(400, f"row {at} asks for {row.limit} tokens after {len(row.prefix)}: both are at least 1")
+            self._writable(row, f"row {at}")
         how = Decoding(temperature=order.temperature, top_p=order.top_p, cells=self.cells)
         written = write(self.loaded.model, order.trunks, rows, vocab=self.about.vocab, eos=order.eos, how=how)
         return wire.pack_written(written)
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from the moment it is made, and answers in `serve_forever`."""
+    """Listens from the moment it is made, and answers once there is a model: until then connections wait."""
 
     daemon_threads = True
+    request_queue_size = 128
+    """Connections that wait, at most."""
+    served: Served
 
-    def __init__(self, served: Served, host: str, port: int, key: Key):
-        self.served, self.key = served, key
+    def __init__(self, host: str, port: int, key: Key):
+        self.key = key
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.lock = threading.Lock()
         """Held by whoever uses the model."""
         super().__init__((host, port), Handler)
 
     @property
     def url(self) -> str:
-        """Where it is reached."""
-        host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}"
+        """Where it is reached. One that listens everywhere goes by this machine's name, as "everywhere" is no address."""
+        host, port = str(self.server_address[0]), self.server_address[1]
+        name = socket.gethostname() if ip_address(host).is_unspecified else host
+        return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
-    def run(self) -> None:
+    def run(self, served: Served) -> None:
         """Answer until Ctrl-C, which lets the model come to rest: a process that ends while it computes may crash."""
+        self.served = served
         with suppress(KeyboardInterrupt):
             self.serve_forever()
         self.lock.acquire()  # for good: whoever waits for the model will not get it, and ends with the process
@@ -178,24 +198,60 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """An answer to nothing but a path."""
-        self._respond(b"")
+        self._serve()
 
     def do_POST(self) -> None:
         """An answer to a body."""
-        given = self.headers.get("Content-Length", "")
-        length = int(given) if given.isdecimal() else 0
-        if length <= LONGEST:
-            self._respond(self.rfile.read(length))
+        self._serve()
+
+    def _serve(self) -> None:
+        try:
+            self._admit()
+            length = self._length()
+        except Refused as refused:
+            self.close_connection = True  # what else it sends is not read, and not taken for a request
+            self._send(refused.status, str(refused).encode())
         else:
-            self.close_connection = True  # what it goes on to send is not read
-            self._send(413, f"the request has {length:,} bytes, but no more than {LONGEST:,} are read".encode())
+            self._respond(self.rfile.read(length))
+
+    def _admit(self) -> None:
+        """Raises Refused for whoever may not ask.
+
+        Without a key that is everybody who calls this machine by a name of the network's, as a page in a browser here does
+        once the page's own name was made to point here: the browser would let it read the answers.
+        """
+        secret, host = self.server.key.reveal(), self.headers.get("Host", "")
+        if secret is None and not loopback(hostname(host)):
+            raise Refused(
+                403,
+                f"without a key only requests to 127.0.0.1, [::1] or localhost are answered, and this one is to {host[:80]!r}. "
+                f"Use one of these names, or set {wire.KEYS[0]} for the server and for whoever asks",
+            )
+        given = self.headers.get("Authorization", "")
+        if secret is not None and not hmac.compare_digest(given.encode(), f"Bearer {secret}".encode()):
+            raise Refused(401, "the key is missing or another one")
+
+    def _length(self) -> int:
+        """Bytes of the body. Raises Refused."""
+        given, chunks = self.headers.get_all("Content-Length", []), "Transfer-Encoding" in self.headers
+        if self.command == "GET" and (chunks or given not in ([], ["0"])):
+            raise Refused(400, "a GET has no body: leave it out")
+        if self.command == "GET":
+            return 0
+        if chunks or not given:
+            raise Refused(411, "the length of the request is not said, and chunks are not read: send a Content-Length")
+        if len(given) > 1 or not given[0].isdecimal():
+            raise Refused(400, f"Content-Length is no number of bytes: {', '.join(given)[:80]!r}")
+        if len(given[0]) > len(str(LONGEST)) or int(given[0]) > LONGEST:
+            raise Refused(413, f"no more than {LONGEST:,} bytes are read, and the request has more. Ask in several")
+        return int(given[0])
 
     def _respond(self, body: bytes) -> None:
-        if not self._allowed():
-            self._send(401, b"the key is missing or another one")
-            return
         try:
             with self.server.lock:
+                if self._gone():
+                    self.close_connection = True
+                    return
                 said = self.server.served.answer(self.command, self.path, body)
         except Refused as refused:
             self._send(refused.status, str(refused).encode())
@@ -205,15 +261,24 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, said, self.TYPES.get(self.path, "application/octet-stream"))
 
-    def _allowed(self) -> bool:
-        secret = self.server.key.reveal()
-        given = self.headers.get("Authorization", "")
-        return secret is None or hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())
+    def _gone(self) -> bool:
+        """Whether nobody waits for the answer any more: who asked has closed the connection, and may ask again in another."""
+        self.connection.settimeout(0)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:  # nothing more was sent, as is usual
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def _send(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         if status == 200:
             self.send_header(wire.WEIGHTS, self.server.served.weights)
         self.end_headers()
@@ -233,11 +298,11 @@ def check_host(host: str, key: Key) -> None:
         )
 
 
-def listen(served: Served, host: str, port: int, key: Key) -> Server:
+def listen(host: str, port: int, key: Key) -> Server:
     """A server that listens. Raises ConfigError where it cannot."""
     check_host(host, key)
     try:
-        return Server(served, host, port, key)
+        return Server(host, port, key)
     except OSError as error:
         raise ConfigError(
             f"the server cannot listen at {host}:{port}: {error.strerror or error}. Give another --port (0: any that is free), "
@@ -251,3 +316,11 @@ def loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def hostname(header: str) -> str:
+    """The name in a Host header, without its port; "" if there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""

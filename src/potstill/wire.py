@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -31,7 +31,7 @@ LOOKED_AT = 4096
 """Numbers of each matrix that its fingerprint looks at."""
 
 
-class Message(BaseModel, frozen=True, extra="forbid"):
+class Message(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A JSON object on the wire."""
 
 
@@ -44,6 +44,8 @@ class About(Message):
     """`models.fingerprint`."""
     vocab: int
     """V."""
+    width: int
+    """H."""
     context: int
     """Tokens of the longest text."""
     cells: int
@@ -55,11 +57,11 @@ class About(Message):
 class Branch(Message):
     """A row to write: the first `shared` tokens of a trunk, and then its own."""
 
-    trunk: int
-    shared: int
+    trunk: int = Field(ge=0)
+    shared: int = Field(ge=0)
     own: tuple[int, ...]
-    limit: int
-    seed: int
+    limit: int = Field(ge=1)
+    seed: int = Field(ge=0)
 
 
 class Order(Message):
@@ -68,8 +70,8 @@ class Order(Message):
     trunks: tuple[tuple[int, ...], ...]
     rows: tuple[Branch, ...]
     eos: tuple[int, ...]
-    temperature: float
-    top_p: float
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
 
     @classmethod
     def of(cls, trunks: Sequence[tuple[int, ...]], rows: Sequence[Row], eos: Sequence[int], how: Decoding) -> "Order":
@@ -133,10 +135,12 @@ def unpack(body: bytes) -> Mapping[str, Shaped[Tensor, "..."]]:
 
 
 def output_layer(tensors: Mapping[str, Float[Tensor, "..."]], about: About, device: str) -> Head:
-    """The head of a model that is elsewhere. Raises RuntimeError if the weights do not fit together."""
-    weight = tensors["weight"]
+    """The head of a model that is elsewhere. Raises ValueError if there is no W [V, H], or what else there is is no b [V]."""
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    if {"bias": [about.vocab]} | found != {"weight": [about.vocab, about.width], "bias": [about.vocab]}:
+        raise ValueError(f"an output layer {found} where a weight [{about.vocab}, {about.width}] was asked for")
     # Made without memory of its own, and then given the weights: they are the largest matrix of most models.
-    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, device="meta")
+    module = torch.nn.Linear(about.width, about.vocab, bias="bias" in tensors, device="meta")
     module.load_state_dict(tensors, assign=True)
     return Head(module.requires_grad_(False).to(device), about.vocab, about.scale, about.cap)
 

@@ -152,7 +152,7 @@ def test_h_numbers_a_token_are_sent_and_the_head_once(kind: str) -> None:
         by = taught(server.url, loaded.tokens, STUDENT, hides=True)
         for _ in range(3):
             answers(by, *SCORES[:4])
-        assert [p.path for p in server.passed] == ["/about", "/head"] + ["/hidden"] * 3
+        assert [p.path for p in server.passed] == ["/about", "/hidden", "/head", "/hidden", "/hidden"]
     [head] = server.of("/head")
     tokens = sum(len(a.rollout.response_ids) + 1 for a in SCORES[:4])
     for sent in server.of("/hidden"):
@@ -160,6 +160,17 @@ def test_h_numbers_a_token_are_sent_and_the_head_once(kind: str) -> None:
         assert sent.written < tokens * STUDENT.vocab * size / 4
         assert sent.read < 4 * sum(len(a.rollout.prompt_ids) + len(a.rollout.response_ids) for a in SCORES[:4]) + 400
     assert 0 <= head.written - STUDENT.vocab * width * size < 100
+
+
+def test_the_head_stays_where_it_is_as_long_as_only_text_is_asked_for() -> None:
+    loaded = of()
+    with hidden(loaded) as server:
+        by = taught(server.url, loaded.tokens, STUDENT)
+        answers(by, *TEXTS)
+        assert not server.of("/head")
+        assert by.remote.head(torch.zeros(1, 32)).shape == (1, STUDENT.vocab), "at any time, not in a step alone"
+        answers(by, SCORES[0])
+        assert len(server.of("/head")) == 1
 
 
 def test_prefixes_in_a_trunk_are_sent_once() -> None:
@@ -247,6 +258,35 @@ def test_another_server_is_no_teacher(body: dict[str, Any]) -> None:
         taught(server.url, STUDENT, STUDENT)
 
 
+HEADS = {
+    "fits": ({"weight": (300, 32)}, None),
+    "fits, with a bias": ({"weight": (300, 32), "bias": (300,)}, None),
+    "too narrow": ({"weight": (300, 31)}, r"layer \{'weight': \[300, 31\]\} where a weight \[300, 32\]"),
+    "bias of another": ({"weight": (300, 32), "bias": (299,)}, r"'bias': \[299\]"),
+    "no weight": ({"bias": (300,)}, r"layer \{'bias'"),
+    "no tensors": (b"{}", "header too small"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_another_shape_is_a_strangers(name: str) -> None:
+    """It is looked at when it comes, which is not when the server is met."""
+    shapes, wrong = HEADS[name]
+    about = Served(of()).about.model_dump()
+    head = shapes if isinstance(shapes, bytes) else save({k: torch.zeros(shape) for k, shape in shapes.items()})
+
+    def respond(seen: servers.Seen) -> servers.Said:
+        return servers.Said(about if seen.path == "/about" else head, headers={wire.WEIGHTS: "x"})
+
+    with servers.serving(respond) as server:
+        remote = taught(server.url, STUDENT, STUDENT).remote
+        if wrong is None:
+            assert remote.head(torch.zeros(1, 32)).shape == (1, 300)
+        else:
+            with pytest.raises(TeacherError, match=f"not as `potstill serve`.*{wrong}"):
+                remote.head  # noqa: B018
+
+
 def test_a_key_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     student = models.load_tokens("lab/student")
     monkeypatch.delenv("POTSTILL_KEY", raising=False)
@@ -279,7 +319,7 @@ def test_only_this_machine_comes_in_without_a_key() -> None:
 
 def test_a_port_that_is_taken_is_said() -> None:
     with hidden(of()) as server, pytest.raises(ConfigError, match=r"cannot listen at 127.0.0.1:\d+: .*--port"):
-        listen(server.served, "127.0.0.1", server.server_port, Key(None))
+        listen("127.0.0.1", server.server_port, Key(None))
 
 
 def test_a_model_without_a_plain_head_is_not_served() -> None:
@@ -303,10 +343,10 @@ def test_faults_are_waited_out() -> None:
     loaded = of()
     with hidden(loaded) as server:
         by = taught(server.url, loaded.tokens, STUDENT)
-        server.faults = {2: 0, 3: 503, 5: 500}.get
+        server.faults = {1: 0, 2: 503, 5: 500}.get
         [far] = answers(by, SCORES[0])
         again = answers(by, *TEXTS)
-        assert [p.status for p in server.passed] == [200, 200, 0, 503, 200, 500, 200]
+        assert [p.status for p in server.passed] == [200, 0, 503, 200, 200, 500, 200]
     [near] = answers(local(loaded), SCORES[0])
     assert_same(far, near)
     assert [f.texts for f in again] == [f.texts for f in answers(local(loaded), *TEXTS)]
@@ -351,6 +391,28 @@ def test_what_is_too_long_is_refused_and_said() -> None:
         assert len(answers(by, go_on(LONG, 2), score(Wants.FULL, OTHERS[2]))) == 2
 
 
+def test_what_would_become_too_long_is_refused_before_it_is_written() -> None:
+    """GPT-2 has a matrix of positions, with no row for what comes after its context."""
+    plain = GPT2Config(vocab_size=STUDENT.vocab, n_embd=32, n_layer=2, n_head=4, n_positions=30)
+    loaded = Loaded(GPT2LMHeadModel(plain).eval().requires_grad_(False), replace(STUDENT, name="teacher", context=30))
+    with hidden(loaded) as server:
+        by = taught(server.url, loaded.tokens, STUDENT)
+        prefix = len(by._prefix(go_on(LONG, 4)))
+        with pytest.raises(
+            TeacherError, match=rf"1 try: HTTP 400: row 0 asks for 25 .* after {prefix}.* 30 in all. Lower"
+        ):
+            answers(by, go_on(LONG, 4, 25))
+        assert len(answers(by, go_on(LONG, 4, 30 - prefix))) == 1
+
+
+def order(**fields: Any) -> bytes:
+    """What is asked of /write, with other values in the row or beside it."""
+    row: dict[str, Any] = {"trunk": 0, "shared": 1, "own": [1], "limit": 1, "seed": 0}
+    row |= {name: fields.pop(name) for name in row.keys() & fields.keys()}
+    whole = {"trunks": [[1, 2]], "rows": [row], "eos": [1], "temperature": 1, "top_p": 1}
+    return json.dumps(whole | fields).encode()
+
+
 BAD = {
     "no safetensors": ("/hidden", b"nonsense", 400, "no texts"),
     "nothing": ("/hidden", b"", 400, "no texts"),
@@ -367,20 +429,15 @@ BAD = {
     "no text": ("/hidden", wire.pack_texts([]), 413, "between 1 and 100"),
     "too many": ("/hidden", wire.pack_texts([Text([1] * 40)] * 3), 413, "--batch-cells 120"),
     "no JSON": ("/write", b"{", 400, "no order"),
-    "a row of no trunk": (
-        "/write",
-        json.dumps(
-            {
-                "trunks": [],
-                "rows": [{"trunk": 0, "shared": 1, "own": [1], "limit": 1, "seed": 0}],
-                "eos": [1],
-                "temperature": 1,
-                "top_p": 1,
-            }
-        ).encode(),
-        400,
-        "no order",
-    ),
+    "a row of no trunk": ("/write", order(trunks=[]), 400, "no order"),
+    "a trunk from behind": ("/write", order(trunk=-1), 400, "greater than or equal to 0"),
+    "a negative seed": ("/write", order(seed=-1), 400, "greater than or equal to 0"),
+    "nothing to write": ("/write", order(limit=0), 400, "greater than or equal to 1"),
+    "nothing to go on from": ("/write", order(shared=0, own=[]), 400, "nothing to go on from"),
+    "below zero": ("/write", order(temperature=-1), 400, "temperature"),
+    "nothing but heat": ("/write", order(temperature=float("inf")), 400, "temperature"),
+    "no token": ("/write", order(top_p=0), 400, "top_p"),
+    "more than all": ("/write", order(top_p=1.1), 400, "top_p"),
     "nowhere": ("/v1/completions", b"{}", 404, "POST /hidden"),
 }
 

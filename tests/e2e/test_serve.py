@@ -85,6 +85,7 @@ def test_whole_answers_and_other_tokenizers(tmp_path: Path) -> None:
         run = loop.train(behind(server.url, "method.name=sft"), tmp_path)
         assert all(row["teacher/written"] > 0 for row in run.metrics)
         assert not server.of("/hidden")
+        assert not server.of("/head")
     with hidden(load("lab/foreign")) as server:
         aligned = f"teacher={{kind='potstill', base_url='{server.url}', tokenizer='lab/foreign', align=true}}"
         far = loop.train(parsed("name=far", aligned), tmp_path)
@@ -98,7 +99,7 @@ def test_a_run_whose_server_goes_away_resumes_to_the_same_end(tmp_path: Path) ->
     whole = loop.train(parsed("name=whole", *often), tmp_path)
     with hidden(load("lab/teacher")) as server:
         config, port = behind(server.url, *often, retries=1), server.server_port
-        server.faults = lambda i: 0 if i >= 4 else None  # who it is, its head, and two steps
+        server.faults = lambda i: 0 if i >= 4 else None  # who it is, two steps, and its head
         with pytest.raises(TeacherError, match=r"after 2 tries.*--resume goes on from the last checkpoint"):
             loop.train(config, tmp_path)
     run = load_run(tmp_path / "tiny")
@@ -130,13 +131,20 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(tmp_p
         assert potstill("check", "tiny.toml", table % ("http://nowhere.invalid:1", "lab/teacher", "")).code == 0
     refused(potstill(*arguments, table % (url, "lab/teacher", "")), "no usable teacher", "potstill serve MODEL")
     refused(potstill(*arguments, table % ("localhost:1", "lab/teacher", "")), "begins with http://")
+    refused(potstill(*arguments, table % ("http://a..b", "lab/teacher", "")), "its host is no name", "localhost")
+    refused(potstill(*arguments, table % ("http://localhost:99999", "lab/teacher", "")), "its port is no number up to")
     assert {p.name for p in tmp_path.iterdir()} == {"tiny.toml"}
 
 
 def test_what_cannot_be_served_is_refused(potstill: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POTSTILL_KEY", raising=False)
     refused(potstill("serve", "lab/teacher", "--host", "0.0.0.0"), "--host 0.0.0.0", "POTSTILL_KEY is not set", "SSH")
-    refused(potstill("serve", "lab/nobody"), "nobody")
+    refused(potstill("serve", "lab/nobody", "--port", "0"), "nobody")
     refused(potstill("serve", "lab/teacher", "--dtype", "float16"), "float16", "bfloat16")
     with hidden(load("lab/teacher")) as server:
-        refused(potstill("serve", "lab/teacher", "--port", str(server.server_port)), "cannot listen at", "--port")
+        taken = potstill("serve", "lab/nobody", "--port", str(server.server_port))
+        refused(taken, "cannot listen at", "--port")  # before the model is looked for
+    monkeypatch.setenv("POTSTILL_KEY", "sécret")
+    unsent = potstill("serve", "lab/teacher", "--port", "0")
+    refused(unsent, "POTSTILL_KEY holds a key that cannot be sent", "Copy the key again")
+    assert "sécret" not in unsent.err

@@ -111,16 +111,17 @@ def serve(
     if kind is None:
         raise ConfigError(unknown("dtype", dtype, known))
     path, _ = _model_of(model)
-    served = http.Served(models.load(path, dtype=kind, device=checks.device(device)), cells=batch_cells)
-    server = http.listen(served, host, port, key)
-    about, weight = served.about, served.split.head.module.weight
-    size = f"{weight.shape[1]} numbers a token in place of {about.vocab}"
-    for line in (
-        f"{model} ({dtype} on {weight.device}; {size}) listens at {server.url}",
-        f'teacher = {{ kind = "potstill", base_url = "{server.url}", tokenizer = "{path}" }}',
-    ):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    server.run()
+    # It listens first, so that a port that is taken is not found out after minutes of loading.
+    with http.listen(host, port, key) as server:
+        served = http.Served(models.load(path, dtype=kind, device=checks.device(device)), cells=batch_cells)
+        about, there = served.about, served.loaded.device
+        size = f"{about.width} numbers a token in place of {about.vocab}"
+        for line in (
+            f"{model} ({dtype} on {there}; {size}) listens at {server.url}",
+            f'teacher = {{ kind = "potstill", base_url = "{server.url}", tokenizer = "{path}" }}',
+        ):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        server.run(served)
     out.print("Stopped.")
 
 

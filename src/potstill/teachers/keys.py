@@ -37,16 +37,30 @@ def read_key(env: str | None, file: Path | None, usual: tuple[str, ...], *, need
             raise ConfigError(
                 f"teacher.key_file = {str(file)!r} cannot be read: {error.strerror}. Give a file that holds the API key"
             ) from None
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"teacher.key_file = {str(file)!r} is no text. Give a file that holds the API key"
+            ) from None
         if not text or len(text.split()) != 1:
             raise ConfigError(f"teacher.key_file = {str(file)!r} should hold one API key and nothing else")
-        return Key(text)
+        return _sendable(text, f"teacher.key_file = {str(file)!r}")
     names = (env,) if env else usual
     for name in names:
         if value := os.environ.get(name, "").strip():
-            return Key(value)
+            return _sendable(value, f"the environment variable {name}")
     if needed or env:
         raise ConfigError(
             f"the teacher needs an API key, but {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not set. "
             "Set it in the environment, or name another variable (teacher.key_env) or a file (teacher.key_file)"
         )
     return Key(None)
+
+
+def _sendable(value: str, where: str) -> Key:
+    """The key, if a header can hold it. Raises ConfigError, which does not show it."""
+    if all("!" <= c <= "~" for c in value):
+        return Key(value)
+    raise ConfigError(
+        f"{where} holds a key that cannot be sent: HTTP headers hold letters without accents, digits and ASCII signs, and there "
+        "is something else in it, such as a space, a typographic dash or an accent. Copy the key again, or choose another"
+    )

@@ -2,14 +2,17 @@
 
     there:  h = body(ids)  [n, H]          here:  z = head(h)  [n, V]
 
+The head is fetched when the first scores are asked for, and never where only text is.
+
 Everything else is as with a model in this process (`teachers.hf`): the same scores, and the same texts. What it reads is not
 paid for, so nothing is kept, and a run that is resumed asks again.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 
 import httpx2
 from jaxtyping import Float
@@ -22,7 +25,7 @@ from potstill import models, wire
 from potstill.decode import Decoding, Row, Written
 from potstill.errors import ModelError, TeacherError
 from potstill.models import Tokens
-from potstill.split import Text
+from potstill.split import Head, Text
 from potstill.teachers.hf import ModelTeacher
 from potstill.teachers.keys import Key, read_key
 from potstill.teachers.line import Failed, again
@@ -35,15 +38,14 @@ class RemoteSplit:
 
     def __init__(self, settings: Potstill, key: Key, device: str):
         """Meet the server. Raises TeacherError if there is none that can be used."""
-        self.url, self.key, self.timeout = settings.base_url, key, settings.timeout
+        self.url, self.key, self.timeout, self.device = settings.base_url, key, settings.timeout, device
         self._client: httpx2.Client | None = None
         self._trusted = httpx2.create_ssl_context()  # once: it takes longer than a step's answers may
         self.weights, self.retries = "", 0  # that there is no server at all is said at once
         with self.open():
             try:
                 self.about = About.model_validate_json(self.ask("/about"))
-                self.head = wire.output_layer(wire.unpack(self.ask("/head")), self.about, device)
-            except (ValidationError, SafetensorError, KeyError, RuntimeError) as error:
+            except ValidationError as error:
                 raise TeacherError(_stranger(self.url, f"{type(error).__name__} {error}")) from None
         self.retries = settings.retries
 
@@ -58,13 +60,25 @@ class RemoteSplit:
         ) as self._client:
             yield
 
+    @cached_property
+    def head(self) -> Head:
+        """The output layer, on `device`: the largest matrix of most models, so it waits until there is a use for it.
+
+        Raises TeacherError.
+        """
+        with nullcontext() if self._client and not self._client.is_closed else self.open():
+            try:
+                return wire.output_layer(wire.unpack(self.ask("/head")), self.about, self.device)
+            except (SafetensorError, ValueError) as error:
+                raise TeacherError(_stranger(self.url, str(error))) from None
+
     def hidden(self, texts: Sequence[Text]) -> Float[Tensor, "N H"]:
         """The wanted hidden states of all texts, one text behind the other, in the model's own precision."""
         try:
             found = wire.unpack(self.ask("/hidden", wire.pack_texts(texts)))["hidden"]
         except (SafetensorError, KeyError) as error:
             raise TeacherError(_stranger(self.url, f"{type(error).__name__} {error}")) from None
-        wanted = (sum(len(t.ids) - t.start for t in texts), self.head.module.in_features)
+        wanted = (sum(len(t.ids) - t.start for t in texts), self.about.width)
         if found.shape != wanted:
             raise TeacherError(
                 _stranger(self.url, f"hidden states {list(found.shape)} where {list(wanted)} were asked for")
@@ -98,6 +112,11 @@ class RemoteSplit:
         assert self._client is not None
         try:
             response = self._client.request("GET" if body is None else "POST", self.url + path, content=body)
+        except httpx2.ReadTimeout:
+            raise Failed(
+                f"nothing came in teacher.timeout = {self.timeout:g} seconds. The server may still be loading its model, or be "
+                "busy, as it answers one request at a time: raise teacher.timeout"
+            ) from None
         except httpx2.HTTPError as error:
             raise Failed(f"{type(error).__name__} {error}") from None
         if response.status_code != 200:
@@ -145,7 +164,7 @@ class ServedTeacher(ModelTeacher):
         self.remote = remote
         super().__init__(
             own,
-            remote,
+            None,
             student,
             decoding=Decoding(temperature=settings.temperature, top_p=settings.top_p, cells=remote.about.cells),
             text_only=settings.text_only,
@@ -153,6 +172,7 @@ class ServedTeacher(ModelTeacher):
             hides=hides,
             around=remote.open,
         )
+        self.split = remote  # not given above, where types may be checked: that would look at the head, and so fetch it
 
     def _write(self, trunks: Sequence[tuple[int, ...]], rows: Sequence[Row]) -> list[Written]:
         return self.remote.write(trunks, rows, self.own, self.how)

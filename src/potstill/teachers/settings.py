@@ -1,6 +1,7 @@
 """The [teacher] tables of teachers that are no model in this process. Read by `potstill.config`; needs no torch."""
 
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -169,4 +170,22 @@ def plain_url(url: str) -> str:
         raise PydanticCustomError(
             SECRET, "holds a user, a password or a query. Leave them out; the API key comes from key_env or key_file"
         )
+    try:
+        parts.port  # noqa: B018
+    except ValueError:
+        raise ValueError("its port is no number up to 65535") from None
+    if not _a_host(parts.hostname):
+        raise ValueError(
+            "its host is no name or number of a machine, such as localhost, gpu-box.example.org or 10.0.0.7"
+        )
     return url.rstrip("/")
+
+
+def _a_host(name: str) -> bool:
+    """Whether it can be looked up at all: what cannot fails with the first request, and not as a broken connection does."""
+    try:
+        if ":" in name:
+            return bool(ip_address(name))
+        return re.fullmatch(r"[\w.-]+", name.encode("idna").decode()) is not None
+    except ValueError:  # of a name: a part of it is empty or too long
+        return False
