@@ -41,6 +41,15 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
     return tuple(tokenizer.encode(prompt.messages[0]["content"]))
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two tokenizers lay out prompts in the same way: by equal templates, with the same around a plain text."""
+    probe = Prompt(id="probe", messages=({"role": "user", "content": LEAD},))
+    try:
+        return a.chat_template == b.chat_template and prompt_ids(a, probe) == prompt_ids(b, probe)
+    except DataError:  # a template that does not take it
+        return False
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """[T] the text that each token adds. Joined, they are the text of all; no piece holds part of a character.
 

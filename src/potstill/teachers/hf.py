@@ -88,6 +88,7 @@ class ModelTeacher:
         self.name, self.shuffled, self.around = own.name, shuffled, around
         self.own, self.student, self.how, self.share = own, student, decoding, share
         self.foreign = text_only or same_tokenizer(student, own) is not None
+        self.alike = not self.foreign and chat.alike(student.tokenizer, own.tokenizer)
         self.aligner = Aligner(student, own) if align else None
         self.hides, self.split = hides, split
 
@@ -125,7 +126,8 @@ class ModelTeacher:
         return logits.log_softmax(-1).cpu()
 
     def _reading(self, ask: Ask) -> Reading:
-        prompt = chat.prompt_ids(self.own.tokenizer, ask.view)
+        known = self.alike and ask.view is ask.rollout.prompt  # to lay it out again takes a tiny model's time
+        prompt = ask.rollout.prompt_ids if known else chat.prompt_ids(self.own.tokenizer, ask.view)
         if self.aligner is None:
             return Reading(ask=ask, prompt=prompt, answer=ask.rollout.response_ids)
         written = self.aligner.written(ask.rollout)
