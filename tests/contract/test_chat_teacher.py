@@ -1,6 +1,5 @@
 """Chat models through the providers' own SDKs, against local servers that speak their protocols and misbehave."""
 
-import asyncio
 import json
 import logging
 import re
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests import servers, tiny
+from tests.asks import answers
 from tests.servers import Said, Server, Speaker, serving
 
 from potstill.errors import BudgetEnded, ConfigError, TeacherError
@@ -20,7 +20,7 @@ from potstill.teachers.chat import INSTRUCTION, ChatTeacher
 from potstill.teachers.continuation import END, clean
 from potstill.teachers.prices import read_prices
 from potstill.teachers.settings import Chat
-from potstill.types import Ask, Feedback, Rollout, Wants
+from potstill.types import Ask, Rollout, Wants
 
 for needed in ("anthropic", "openai", "google.genai"):
     pytest.importorskip(needed)
@@ -54,10 +54,6 @@ def teacher(server: Server, at: Path, provider: str, run: str = "run", **fields:
     how = Chat(**(given | fields))
     price = read_prices(how.prices).of(how.provider, how.model)
     return ChatTeacher(how, STUDENT, Ledger(at / "ledger.sqlite", run), price=price)
-
-
-def answers(by: Any, *asks: Ask) -> list[Feedback]:
-    return asyncio.run(by.feedback(asks))
 
 
 def go_on(r: Rollout, start: int, length: int = 8, n: int = 3, **fields: Any) -> Ask:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import servers, tiny
+from tests.asks import answers, go_on, score
 from tests.e2e.small import parsed
 from tests.servers import Completions, Said, Server, serving
 
@@ -25,7 +26,7 @@ from potstill.teachers.hf import HFTeacher
 from potstill.teachers.http import HTTPTeacher, meet
 from potstill.teachers.replay import ReplayTeacher
 from potstill.teachers.settings import HTTP, Replay
-from potstill.types import Ask, Feedback, Rollout, Wants
+from potstill.types import Wants
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
 LONG = tiny.rollout(STUDENT, "the dog sat on the mat. What is 12 + 30? It is 42 and done")
@@ -44,18 +45,6 @@ def teacher(how: HTTP, at: Path, loaded: Loaded | None = None, run: str = "run")
     shared = how.align or own.tokenizer is STUDENT.tokenizer
     model, shows, key = asyncio.run(meet(how, own, shared))
     return HTTPTeacher(how, STUDENT, own, Ledger(at / "ledger.sqlite", run), model=model, shows=shows, key=key)
-
-
-def answers(by: Any, *asks: Ask) -> list[Feedback]:
-    return asyncio.run(by.feedback(asks))
-
-
-def score(wants: Wants, r: Rollout, **fields: Any) -> Ask:
-    return Ask(rollout=r, view=r.prompt, wants=wants, **fields)
-
-
-def go_on(r: Rollout, start: int, length: int = 6, n: int = 3, **fields: Any) -> Ask:
-    return Ask(rollout=r, view=r.prompt, wants=Wants.TEXT, start=start, length=length, n=n, **fields)
 
 
 def local(loaded: Loaded | None = None, **decoding: Any) -> HFTeacher:

@@ -1,6 +1,5 @@
 """A teacher behind `potstill serve`: what it says is what the same model says in this process, and H numbers a token come."""
 
-import asyncio
 import copy
 import json
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tests import servers, tiny
+from tests.asks import answers, go_on, score
 from tests.servers import Completions, hidden, taught
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
@@ -26,7 +26,7 @@ from potstill.teachers.hf import HFTeacher
 from potstill.teachers.keys import Key
 from potstill.teachers.served import portions
 from potstill.teachers.settings import Potstill
-from potstill.types import Ask, Feedback, Rollout, Wants
+from potstill.types import Feedback, Wants
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
 LONG = tiny.rollout(STUDENT, "the dog sat on the mat. What is 12 + 30? It is 42 and done")
@@ -53,18 +53,6 @@ def of(kind: str = "llama") -> Loaded:
 
 def local(loaded: Loaded, **options: Any) -> HFTeacher:
     return HFTeacher(loaded, STUDENT, **{"decoding": Decoding(), **options})
-
-
-def answers(by: Any, *asks: Ask) -> list[Feedback]:
-    return asyncio.run(by.feedback(asks))
-
-
-def score(wants: Wants, r: Rollout, **fields: Any) -> Ask:
-    return Ask(rollout=r, view=r.prompt, wants=wants, **fields)
-
-
-def go_on(r: Rollout, start: int, length: int = 6, n: int = 3, **fields: Any) -> Ask:
-    return Ask(rollout=r, view=r.prompt, wants=Wants.TEXT, start=start, length=length, n=n, **fields)
 
 
 SCORES = [

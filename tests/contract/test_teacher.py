@@ -1,6 +1,5 @@
 """The Hugging Face teacher: its scores against a plain forward pass, its texts against what it may have read."""
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -8,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tests import tiny
+from tests.asks import answers, go_on, score
 
 from potstill import chat
 from potstill.decode import Decoding
 from potstill.models import Loaded
 from potstill.teachers.hf import SLACK, HFTeacher
-from potstill.types import Ask, Feedback, Prompt, Rollout, Wants
+from potstill.types import Ask, Prompt, Rollout, Wants
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
 TEXTS = ["It is 42.", "the cat sat", "naïve café — 你好 🙂 done", "4"]
@@ -21,18 +21,6 @@ TEXTS = ["It is 42.", "the cat sat", "naïve café — 你好 🙂 done", "4"]
 
 def teacher(loaded: Loaded | None = None, **options: Any) -> HFTeacher:
     return HFTeacher(loaded or tiny.loaded(seed=1, name="teacher"), STUDENT, **{"decoding": Decoding(), **options})
-
-
-def answers(by: HFTeacher, *asks: Ask) -> list[Feedback]:
-    return asyncio.run(by.feedback(asks))
-
-
-def score(wants: Wants, r: Rollout, **fields: Any) -> Ask:
-    return Ask(rollout=r, view=r.prompt, wants=wants, **fields)
-
-
-def go_on(r: Rollout, start: int, length: int = 6, n: int = 3, **fields: Any) -> Ask:
-    return Ask(rollout=r, view=r.prompt, wants=Wants.TEXT, start=start, length=length, n=n, **fields)
 
 
 ROLLOUTS = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests import servers, tiny
+from tests.asks import answers
 from tests.servers import Completions, serving
 
 from potstill import chat
@@ -19,7 +20,7 @@ from potstill.teachers.chat import ChatTeacher
 from potstill.teachers.hf import HFTeacher, ModelTeacher
 from potstill.teachers.http import HTTPTeacher, meet
 from potstill.teachers.settings import HTTP, Chat
-from potstill.types import Ask, Feedback, Turn, Wants
+from potstill.types import Ask, Turn, Wants
 
 STUDENT = tiny.tokens(tiny.byte_level(), "student")
 LONG = tiny.rollout(STUDENT, "the dog sat on the mat. What is 12 + 30? It is 42 and done")
@@ -59,10 +60,6 @@ def by(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monke
 
 def go_on(start: int, n: int, **fields: Any) -> Ask:
     return Ask(rollout=LONG, view=LONG.prompt, wants=Wants.TEXT, start=start, length=6, n=n, ids=True, **fields)
-
-
-def answers(by: Any, *asks: Ask) -> list[Feedback]:
-    return asyncio.run(by.feedback(asks))
 
 
 def test_texts_come_in_the_students_tokens(by: Any):
